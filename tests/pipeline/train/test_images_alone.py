@@ -114,9 +114,7 @@ def test_some_images_without_captions(tiny_teacher: Path, student: Path, tmp_pat
     for path in sorted(photos.iterdir())[:5]:
         path.with_suffix(".txt").write_text("A picture.")
     cache = make_images(photos, tiny_teacher, tmp_path / "images.cache")
-    with pytest.raises(
-        UsageError, match=r"\d+ of \d+ images have no caption\. To learn from the images alone: --set cap"
-    ):
+    with pytest.raises(UsageError, match=r"\d+ of \d+ images have no caption\. To learn from the images alone: --set"):
         train(train_config(cache, student, tmp_path / "run"))
     record = train(train_config(cache, student, tmp_path / "run", captions_per_image=0, epochs=1)).record
     assert record.config.losses == {"cosine": 8.0}

@@ -62,9 +62,7 @@ def read(root: str, *, txt: str = "whole", encoding: str = "") -> Iterator[Recor
         name = relative.as_posix()
         yield from sample_or_problem(name, name, split if split in SPLIT_NAMES else "", captions)
     if glued:
-        say(
-            f"{root}: {counted(glued, 'text')} of several lines, read as one caption each; ?txt=lines reads a caption per line"
-        )
+        say(f"{root}: {counted(glued, 'text')} of several lines, read as one caption each; ?txt=lines splits them")
     for path in others:
         if path not in texts:
             detail = f"no image by its ending, nor the caption of one; images are {', '.join(IMAGE_ENDINGS)}"

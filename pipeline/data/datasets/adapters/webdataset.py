@@ -134,9 +134,7 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key", en
             detail = f"{uri}: there is no image beside {', '.join(member.texts)}{others}"
             yield Problem("no-image", sample_id, detail, lost_image=False)
     if glued:
-        say(
-            f"{root}: {counted(glued, 'text')} of several lines, read as one caption each; ?txt=lines reads a caption per line"
-        )
+        say(f"{root}: {counted(glued, 'text')} of several lines, read as one caption each; ?txt=lines splits them")
 
 
 def check(root: str, *, txt: str = "whole", ids: str = "key", encoding: str = "", split: str = "") -> None:
