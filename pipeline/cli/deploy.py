@@ -90,6 +90,8 @@ def infer(
 ) -> None:
     """Print cosine and softmax(logit scale x cosine) over the texts for each image."""
     files = _files(images)
+    if not all(map(str.strip, text)):
+        raise UsageError("--text is empty: write a text for each class, for example --text 'a photo of a dog'")
     from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 
     result = _infer(StudentRuntime(student, variant), files, list(text), logit_scale)
@@ -113,7 +115,7 @@ def _deployed(result: DeployResult) -> Iterator[Part]:
 
 def _files(images: Sequence[str]) -> list[str]:
     """Return the image files, with each folder replaced by its images in name order."""
-    from teacher_cache.pipeline.data.datasets.files import IMAGE_ENDINGS, contents
+    from teacher_cache.pipeline.data.datasets.files import IMAGE_ENDINGS, contents, require_there
 
     files: list[str] = []
     for name in images:
@@ -126,6 +128,8 @@ def _files(images: Sequence[str]) -> list[str]:
             endings = ", ".join(IMAGE_ENDINGS)
             raise UsageError(f"{name}: no images in this folder, only {contents(folder)}; an image ends in {endings}")
         files.extend(map(str, inside))
+    if not any(Path(file).exists() for file in files):
+        require_there(files[0])
     return files
 
 
