@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 ARTIFACT = "deploy-student"
 
 
-@flow(name="deploy-student", flow_run_name=named("{run} -> {out}", "runs/deployed"), persist_result=False)
+@flow(
+    name="deploy-student",
+    flow_run_name=named("{run} -> {out}", "runs/deployed"),
+    persist_result=False,
+    validate_parameters=False,
+)
 @parameters_of(DeployConfig, ("run", "out", "checkpoint", "split", "teacher", "pretrained", "int8"))
 def deploy_student(
     *,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ARTIFACT = "evaluate-student"
 
 
-@flow(name="evaluate-student", flow_run_name=named("{run} on {split}"), persist_result=False)
+@flow(name="evaluate-student", flow_run_name=named("{run} on {split}"), persist_result=False, validate_parameters=False)
 @parameters_of(EvaluateConfig, ("run", "split", "checkpoint", "towers", "device", "report"))
 def evaluate_student(
     *,

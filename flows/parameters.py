@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import SkipJsonSchema
 
+from teacher_cache.pipeline.settings.base import StageConfig
+from teacher_cache.pipeline.settings.run_file import check_config
+
 ReportPage = Annotated[
     bool, Field(description="Report page beside the result and main chart as an artifact. Default: true.")
 ]
@@ -49,6 +52,9 @@ def parameters_of(
     Prefect reads types and limits from the signature, but descriptions from ``Args:`` in the docstring. So both are
     made here.
 
+    The flow needs ``validate_parameters=False``: a wrong value that Prefect finds fails the run with a traceback,
+    before it is named. Its own parameters are checked here, and the function checks the settings by ``check_config``.
+
     Args:
         config: the model of the stage.
         everyday: parameters in this order. All others are fields of ``advanced``.
@@ -57,20 +63,25 @@ def parameters_of(
 
     def give(function: _Function) -> _Function:
         fields = {name: _Field.of(field, name in filled_by_config) for name, field in config.model_fields.items()}
-        for name, own in inspect.signature(function, eval_str=True).parameters.items():
-            if own.kind is own.KEYWORD_ONLY:
-                field = FieldInfo.from_annotation(own.annotation)
-                fields[name] = _Field.of(field)._replace(default=... if own.default is own.empty else own.default)
+        own: dict[str, Any] = {}
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                default = ... if parameter.default is parameter.empty else parameter.default
+                own[name] = (parameter.annotation, default)
+                fields[name] = _Field.of(FieldInfo.from_annotation(parameter.annotation))._replace(default=default)
         experts = pydantic.create_model(
             "Advanced",
             __config__=ConfigDict(extra="forbid", title="advanced"),
             **{name: field.in_advanced(name) for name, field in fields.items() if name not in everyday},
         )
+        checked = pydantic.create_model("Own", __base__=StageConfig, **own)
+        where = function.__name__.replace("_", "-")
 
         @functools.wraps(function)
         def flow(*, advanced: Any = None, **given: Any) -> Any:
-            chosen = {name: value for name, value in given.items() if value != ""}
-            return function(**chosen, **experts.model_validate(advanced or {}).model_dump(exclude_unset=True))
+            settings = dict(**{name: value for name, value in given.items() if value != ""}, **(advanced or {}))
+            mine = check_config(checked, {name: settings[name] for name in settings.keys() & own}, where)
+            return function(**settings | mine.model_dump(exclude_unset=True))
 
         described = {name: fields[name].description for name in everyday} | {"advanced": _ADVANCED}
         lines = "".join(f"    {name}: {text}\n" for name, text in described.items())

@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 ARTIFACT = "precompute-teacher"
 
 
-@flow(name="precompute-teacher", flow_run_name=named("{dataset} x {teacher} -> {cache}"), persist_result=False)
+@flow(
+    name="precompute-teacher",
+    flow_run_name=named("{dataset} x {teacher} -> {cache}"),
+    persist_result=False,
+    validate_parameters=False,
+)
 @parameters_of(PrecomputeConfig, ("dataset", "teacher", "pretrained", "cache", "reuse", "device", "report"))
 def precompute_teacher(
     *,

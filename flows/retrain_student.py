@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 ARTIFACT = "retrain-student"
 
 
-@flow(name="retrain-student", flow_run_name=named("{student} on {dataset} -> {home}"), persist_result=False)
+@flow(
+    name="retrain-student",
+    flow_run_name=named("{student} on {dataset} -> {home}"),
+    persist_result=False,
+    validate_parameters=False,
+)
 @parameters_of(
     RetrainConfig,
     (

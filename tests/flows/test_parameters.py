@@ -14,12 +14,13 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from prefect.exceptions import ParameterTypeError, SignatureMismatchError
+from prefect.exceptions import ParameterBindError
 from prefect.flows import Flow, load_flow_from_entrypoint
-from prefect.utilities.callables import parameter_schema
+from prefect.utilities.callables import get_call_parameters, parameter_schema
 
 from teacher_cache.flows.deploy_student import deploy_student
 from teacher_cache.flows.evaluate_student import evaluate_student
+from teacher_cache.flows.parameters import ReportPage, parameters_of
 from teacher_cache.flows.precompute_teacher import precompute_teacher, span_name
 from teacher_cache.flows.retrain_student import retrain_student
 from teacher_cache.flows.train_student import train_student
@@ -89,10 +90,15 @@ def test_the_form_shows_every_setting_once_with_its_limits_default_and_descripti
     assert set(schema["required"]) == ({"run"} if flow is evaluate_student else must)
 
 
+def call(flow, **given):
+    """Run a flow's function as Prefect does: all other parameters as the form has them, and none checked."""
+    assert not flow.should_validate_parameters
+    return flow.fn(**get_call_parameters(flow.fn, (), given))
+
+
 def started_with(**given):
     """The config that a flow run makes of the parameters somebody gave, all others as the form has them."""
     made = []
-    parameters = train_student.validate_parameters({"cache": "c", "student": "s", "out": "o", **given})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("teacher_cache.flows.train_student.start_progress", lambda *_: made.append)
         patch.setattr("teacher_cache.flows.train_student.device_slots", lambda *_: contextlib.nullcontext())
@@ -101,7 +107,7 @@ def started_with(**given):
             SimpleNamespace(with_options=lambda **_: lambda config, _: made.append(config) or 1 / 0),
         )
         with pytest.raises(ZeroDivisionError):
-            train_student.fn(**parameters)
+            call(train_student, **{"cache": "c", "student": "s", "out": "o", **given})
     return made[0]
 
 
@@ -133,18 +139,46 @@ def test_the_deployment_trains_with_the_losses_it_names_until_advanced_is_replac
     )
 
 
-def test_the_flow_tells_a_setting_that_is_out_of_range():
-    cache = {"dataset": "a:b", "teacher": "t", "cache": "c"}
-    with pytest.raises(ParameterTypeError, match=r"advanced\.chunk_rows"):
-        precompute_teacher.validate_parameters({**cache, "advanced": {"chunk_rows": 0}})
-    with pytest.raises(ParameterTypeError, match=r"advanced\.chunkrows.*not permitted"):
-        precompute_teacher.validate_parameters({**cache, "advanced": {"chunkrows": 8}})
-    with pytest.raises(SignatureMismatchError, match=r"'report', 'advanced'\] but was provided with .*'chunk_rows'"):
-        precompute_teacher.validate_parameters({**cache, "chunk_rows": 8})
-    with pytest.raises(ParameterTypeError, match="epochs"):
-        train_student.validate_parameters({"cache": "c", "student": "s", "epochs": 0})
-    with pytest.raises(ParameterTypeError, match="teacher"):
-        precompute_teacher.validate_parameters({"dataset": "a:b", "cache": "c"})
+CACHE = {"dataset": "a:b", "teacher": "t", "cache": "c"}
+STUDENT = {"cache": "c", "student": "s", "out": "o"}
+RETRAINED = {"dataset": "a:b", "teacher": "t", "home": "h", "student": "s"}
+GPU = "device: device 'gpu' is not known; use auto, cpu, cuda or cuda:N"
+
+
+@pytest.mark.parametrize(
+    ("flow", "given", "reason"),
+    [
+        (precompute_teacher, {**CACHE, "device": "gpu"}, GPU),
+        (train_student, {**STUDENT, "device": "gpu"}, GPU),
+        (evaluate_student, {"run": "r", "device": "gpu"}, GPU),
+        (retrain_student, {**RETRAINED, "device": "gpu"}, GPU),
+        (deploy_student, {"run": "r", "out": "o", "int8": "ja"}, "int8: 'ja' is neither true nor false"),
+        (precompute_teacher, {**CACHE, "report": "ja"}, "report: 'ja' is neither true nor false"),
+        (train_student, {**STUDENT, "epochs": 0}, "epochs: must be greater than 0, not 0"),
+        (
+            precompute_teacher,
+            {**CACHE, "advanced": {"chunks_per_span": 0}},
+            "chunks_per_span: must be greater than 0, not 0",
+        ),
+        (precompute_teacher, {**CACHE, "advanced": {"chunk_rows": 0}}, "chunk_rows: must be greater than 0, not 0"),
+        (
+            precompute_teacher,
+            {**CACHE, "advanced": {"chunkrows": 8}},
+            "chunkrows is not a setting. Did you mean chunk_rows?",
+        ),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_line(flow, given, reason):
+    """A UsageError: a run that fails by one has the sentence in its log, and no traceback."""
+    with pytest.raises(UsageError, match=f"^{re.escape(f'{flow.name}: {reason}')}$"):
+        call(flow, **given)
+
+
+def test_parameters_that_a_flow_does_not_have_or_that_are_missing_are_refused():
+    with pytest.raises(ParameterBindError, match="chunk_rows"):
+        call(precompute_teacher, **CACHE, chunk_rows=8)
+    with pytest.raises(ParameterBindError, match="teacher"):
+        call(precompute_teacher, dataset="a:b", cache="c")
 
 
 def test_settings_that_do_not_agree_are_told_in_one_line():
@@ -155,9 +189,13 @@ def test_settings_that_do_not_agree_are_told_in_one_line():
 
 
 def test_values_from_a_command_line_take_the_type_of_the_setting():
-    given = {"dataset": "a:b", "teacher": "t", "cache": "c", "report": "false", "advanced": {"chunk_rows": "8"}}
-    found = precompute_teacher.validate_parameters(given)
-    assert (found["report"], found["advanced"].chunk_rows) == (False, 8)
+    assert started_with(epochs="8", advanced={"workers": "2"}) == started_with(epochs=8, advanced={"workers": 2})
+
+    @parameters_of(EvaluateConfig, ("report",))
+    def made(*, report: ReportPage = True, **settings: object) -> object:
+        return report, settings
+
+    assert made(report="false", advanced={"run": "r"}) == (False, {"run": "r"})
 
 
 class NamedRun:
@@ -209,7 +247,7 @@ def test_each_deployment_loads_and_its_parameters_are_good(deployment, monkeypat
     assert isinstance(flow, Flow)
     # measuring and shipping are of a run that somebody names
     named = {"run": "runs/x"} if flow.name in ("evaluate-student", "deploy-student") else {}
-    flow.validate_parameters({**deployment["parameters"], **named})
+    get_call_parameters(flow.fn, (), {**deployment["parameters"], **named})
     assert deployment["work_pool"] == {"name": "local"}
     assert deployment["concurrency_limit"] == 1
     config = {flow.name: config for flow, config in STAGES}[flow.name]

@@ -86,6 +86,18 @@ def test_a_wrong_parameter_fails_the_run_with_the_reason_and_no_retry(served, ti
     assert not cache.exists()
 
 
+def test_a_value_that_only_the_flow_can_check_fails_a_named_run_with_one_sentence(served):
+    code, output, flow_run = served.run("precompute-teacher/default", device="gpu")
+    assert code == 1, output
+    made = served.ask(f"flow_runs/{flow_run}")
+    assert made["name"] == "scenes x scenes -> scenes.cache"
+    reason = "UsageError: precompute-teacher: device: device 'gpu' is not known; use auto, cpu, cuda or cuda:N"
+    assert made["state"]["message"] == f"Flow run encountered an exception: {reason}"
+    assert reason in " ".join(output.split())
+    logged = served.until_logged(flow_run, f'Failed("Flow run encountered an exception: {reason}')
+    assert "Traceback" not in output + logged
+
+
 def test_a_student_is_trained_and_measured(served, trained):
     out, flow_run = trained
     name = f"tiny from pictures.cache -> {served.folder.name}/run"
