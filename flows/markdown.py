@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.precompute.run import PrecomputeResult
     from teacher_cache.pipeline.promote.look import Changes, Look
     from teacher_cache.pipeline.promote.registry import Candidate
-    from teacher_cache.storage.format.identity import CacheIdentity
     from teacher_cache.storage.look.info import CacheInfo
 
 
@@ -22,27 +21,40 @@ def code(value: Any) -> str:
     return "`" + str(value).replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"
 
 
-def cache_text(info: CacheInfo, recall: SampledRecall | None) -> str:
-    """Return the text of a finished cache: its identity and the teacher's own recall.
+def cache_text(info: CacheInfo, recall: SampledRecall | None, problems: Sequence[str] = ()) -> str:
+    """Return the text of a finished cache: its identity, the teacher's own recall, and problems.
 
     Args:
         recall: recall of the teacher; None if the captions are prompts of classes.
+        problems: the lines of :func:`problem_lines`.
     """
-    lines = [f"# {code(info.location)}", "", *identity_table(info.identity), ""]
+    lines = [f"# {code(info.location)}", "", *_identity_table(info), ""]
     if recall is not None:
         of = f"{recall.images:,} images, {recall.captions:,} captions"
         columns = list(recall.i2t)
         rows = (("image to text", recall.i2t), ("text to image", recall.t2i))
         table = ([name, *(f"{values[column]:.1f}" for column in columns)] for name, values in rows)
         lines += [f"The teacher's own recall, {of}, in percent:", "", *_table(["recall", *columns], table), ""]
+    lines += _problem_list(problems)
     return "\n".join([*lines, f"Identity {code(info.identity_digest)}, manifest {code(info.manifest_digest)}."])
 
 
-def identity_table(identity: CacheIdentity) -> list[str]:
-    """Return a cache's identity as a table."""
+def problem_lines(result: PrecomputeResult) -> list[str]:
+    """Return the first problems of a cache, and how many more there are. Plain text; empty if there are none."""
+    more = sum(result.problems.values()) - len(result.problem_details)
+    listed = [f"{more:,} more: teacher-cache info {result.cache} --problems lists them"] if more else []
+    return [*result.problem_details, *listed]
+
+
+def _problem_list(problems: Sequence[str]) -> list[str]:
+    return ["Problems:", "", *(f"- {code(line)}" for line in problems), ""] if problems else []
+
+
+def _identity_table(info: CacheInfo) -> list[str]:
+    identity = info.identity
     teacher, preprocess, views, dataset = identity.teacher, identity.preprocess, identity.views, identity.dataset
     size = " x ".join(map(str, preprocess.image_size))
-    splits = ", ".join(f"{code(name)} {images:,}" for name, images in dataset.splits.items())
+    splits = (f"{code(name) if name else 'no split'} {images:,}" for name, images in dataset.splits.items())
     name = teacher.name if teacher.pretrained is None else f"{teacher.name} {teacher.pretrained}"
     rows = {
         "teacher": f"{code(name)}, weights {code(teacher.weights_sha256[:16])}",
@@ -52,8 +64,8 @@ def identity_table(identity: CacheIdentity) -> list[str]:
         "tokenizer": f"{code(identity.tokenizer.name)}, {identity.tokenizer.context_length} tokens",
         "views": f"{views.count}, {views.policy}",
         "targets": identity.targets.dtype,
-        "dataset": f"{dataset.kind}, {dataset.images:,} images, {dataset.captions:,} captions",
-        "splits": splits,
+        "dataset": f"{code(info.dataset)}, {dataset.images:,} images, {dataset.captions:,} captions",
+        "splits": ", ".join(splits) if any(dataset.splits) else "no splits",
     }
     return ["| what | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows.items())]
 
@@ -155,6 +167,8 @@ def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None,
         copied = " and ".join(f"{rows:,} rows of {tower}" for tower, rows in encoded.rows_reused.items())
         if found.reuse:
             lines += ["", f"Copied from {code(found.reuse)}: {copied}; the teacher saw the others."]
+        if problems := problem_lines(encoded):
+            lines += ["", *_problem_list(problems)]
     if candidate is not None:
         lines += ["", f"Student {candidate.number}, {code(candidate.run)}: {candidate.reason}.", ""]
         lines += _table([f"recall on {code(candidate.split)}", "student", "champion before"], _compared(candidate))

@@ -153,8 +153,12 @@ def named(template: str, folder: str = "") -> Callable[[], str]:
 
 
 def short(value: Any, parts: int = 1) -> str:
-    """Return the last parts of a place, for a name: ``flickr8k`` for ``flickr:/data/flickr8k``."""
+    """Return the last parts of a place, for a name: ``flickr8k`` for ``flickr:/data/flickr8k``.
+
+    A pattern keeps its folder: ``cc3m/{000..331}.tar``.
+    """
     path = str(value).partition("?")[0].rpartition(":")[2].removesuffix(".json")
+    parts += "{" in path.rpartition("/")[2]
     return "/".join(path.rstrip("/").split("/")[-parts:])
 
 

@@ -18,9 +18,9 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from teacher_cache.flows.devices import device_slots
-from teacher_cache.flows.markdown import cache_text
+from teacher_cache.flows.markdown import cache_text, problem_lines
 from teacher_cache.flows.parameters import ReportPage, named, parameters_of
-from teacher_cache.flows.progress import LoggedProgress, Share, start_progress
+from teacher_cache.flows.progress import LoggedProgress, Share, progress_artifact
 from teacher_cache.flows.report_artifacts import leave_report, page_beside, teacher_recall
 from teacher_cache.flows.retries import TRIED_AGAIN
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
@@ -53,22 +53,22 @@ def precompute_teacher(
     """Run a teacher once over a dataset and keep its embeddings. Run it again to resume after a stop."""
     started = time.perf_counter()
     config = check_config(PrecomputeConfig, settings, ARTIFACT)
-    progress = start_progress(ARTIFACT, config.cache)
     encoded = 0
     fans_out = config.executor != "local"  # the workers use their own devices: no slot of this machine is held
     slots = contextlib.nullcontext() if fans_out else device_slots(config.device)
-    with slots, observed(run=flow_run.name, cache=config.cache):
-        spans = plan(config, chunks_per_span, progress.part(0, 0))
-        if spans and fans_out:
-            encoded, spans = fan_out(config, spans, progress.part(0, 1)), []
-        chunks, done = sum(map(len, spans)), 0
-        for span in spans:
-            before, done = done, done + len(span)
-            encoded += encode_span(config, span_name(span), span, progress.part(before / chunks, done / chunks))
-    result = seal(config.cache, encoded, time.perf_counter() - started, config.reuse)
-    LoggedProgress(get_run_logger(), progress).end(f"finished, {encoded:,} chunks encoded by this run")
-    create_table_artifact(summary_table(result), key=ARTIFACT, description=problems_text(result))
-    describe(config.cache, report)
+    with progress_artifact(ARTIFACT, config.cache) as progress:
+        with slots, observed(run=flow_run.name, cache=config.cache):
+            spans = plan(config, chunks_per_span, progress.part(0, 0))
+            if spans and fans_out:
+                encoded, spans = fan_out(config, spans, progress.part(0, 1)), []
+            chunks, done = sum(map(len, spans)), 0
+            for span in spans:
+                before, done = done, done + len(span)
+                encoded += encode_span(config, span_name(span), span, progress.part(before / chunks, done / chunks))
+        result = seal(config.cache, encoded, time.perf_counter() - started, config.reuse)
+        LoggedProgress(get_run_logger(), progress).end(f"finished, {encoded:,} chunks encoded by this run")
+    create_table_artifact(summary_table(result), key=ARTIFACT, description=f"`{result.cache}`")
+    describe(result, report)
     return result.model_dump(mode="json", exclude={"problem_details", "splits"})
 
 
@@ -131,22 +131,30 @@ def fan_out(config: PrecomputeConfig, spans: list[list[ChunkRef]], share: Share)
 
 @task(name="seal", task_run_name="seal", **TRIED_AGAIN)
 def seal(cache: str, chunks_encoded: int, seconds: float, reuse: str | None) -> PrecomputeResult:
-    """Seal the finished cache and return its summary."""
+    """Seal the finished cache, log its first problems, and return its summary."""
     from teacher_cache.pipeline.precompute.run import seal_and_summarize
 
     result = seal_and_summarize(cache, chunks_encoded, seconds, reuse)
+    log_problems(result)
     get_run_logger().info(f"{cache}: {result.images:,} images, {result.captions:,} captions by {result.teacher}")
     return result
 
 
+def log_problems(result: PrecomputeResult) -> None:
+    """Log the first problems as warnings, in the run that encoded the cache."""
+    for line in problem_lines(result) if result.chunks_encoded else ():
+        get_run_logger().warning(line)
+
+
 @task(name="report", task_run_name="report", **TRIED_AGAIN)
-def describe(cache: str, report: bool) -> None:
+def describe(result: PrecomputeResult, report: bool) -> None:
     """Create a Markdown artifact of the finished cache and, with ``report``, its page and chart."""
     from teacher_cache.storage.look.info import describe_cache
 
+    cache = result.cache
     page = leave_report(ARTIFACT, cache, page_beside(cache)) if report else None
     recall = page.recall if page and page.collected else teacher_recall(cache)
-    text = cache_text(describe_cache(cache), recall) + (page.line() if page else "")
+    text = cache_text(describe_cache(cache), recall, problem_lines(result)) + (page.line() if page else "")
     create_markdown_artifact(text, key=f"{ARTIFACT}-report")
 
 
@@ -157,7 +165,7 @@ def summary_table(result: PrecomputeResult) -> list[dict[str, Any]]:
         "teacher": result.teacher,
         "images": result.images,
         "captions": result.captions,
-        **{f"split {name}": images for name, images in result.splits.items()},
+        **{f"split {name}": images for name, images in result.splits.items() if name},
         "chunks": result.chunks,
         "chunks encoded by this run": result.chunks_encoded,
         "rows copied": ", ".join(f"{tower} {rows:,}" for tower, rows in result.rows_reused.items()),
@@ -173,13 +181,6 @@ def summary_table(result: PrecomputeResult) -> list[dict[str, Any]]:
     if result.replaced_manifest_digest is not None:
         rows["replaced manifest digest"] = result.replaced_manifest_digest
     return [{"what": what, "value": value} for what, value in rows.items()]
-
-
-def problems_text(result: PrecomputeResult) -> str:
-    """Return the list of problems as Markdown."""
-    if not result.problem_details:
-        return f"`{result.cache}`: no problems."
-    return f"`{result.cache}`\n\n" + "\n".join(f"- `{line}`" for line in result.problem_details)
 
 
 def _rounded(rate: float | None) -> float | str:

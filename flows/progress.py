@@ -6,14 +6,16 @@ answer. A thread sends the moves, and only the newest one.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, cast
 from uuid import UUID
 
+from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
@@ -43,23 +45,36 @@ class Share(BaseModel, frozen=True):
         percent = self.first + (self.last - self.first) * (done / total if total else 1.0)
         _update(self.artifact, percent, f"`{self.what}`: {note}")
 
+    def fail(self, error: Exception) -> None:
+        """Show an error beside the artifact, which stays where it is. See :meth:`move` for the server."""
+        _update(self.artifact, None, f"`{self.what}`: failed, {type(error).__name__}: {error}")
+
     def part(self, first: float, last: float) -> Share:
         """Return the share of a stage within this one, between two fractions of it."""
         width = self.last - self.first
         return self.model_copy(update={"first": self.first + width * first, "last": self.first + width * last})
 
 
-def start_progress(key: str, what: str) -> Share:
-    """Create a progress artifact of the calling flow run, at 0 %."""
+@contextlib.contextmanager
+def progress_artifact(key: str, what: str) -> Iterator[Share]:
+    """Create a progress artifact of the calling flow run, at 0 %. It shows the error that ends the block, if any."""
     # the call returns a coroutine only to an async caller
     artifact = cast(UUID, create_progress_artifact(0.0, key=f"{key}-progress", description=f"`{what}`"))
-    return Share(artifact=artifact, what=what)
+    share = Share(artifact=artifact, what=what)
+    try:
+        yield share
+    except Exception as error:
+        LoggedProgress(get_run_logger(), share).fail(error)
+        raise
 
 
-def _update(artifact: UUID, percent: float, description: str) -> None:
+def _update(artifact: UUID, percent: float | None, description: str) -> None:
+    update = ArtifactUpdate(description=description)
+    if percent is not None:
+        update.data = percent
     # settings, even empty, give a new client: the shared one belongs to the engine's thread and closes with the run
     with get_client(httpx_settings={}, sync_client=True) as client:
-        client.update_artifact(artifact, ArtifactUpdate(data=percent, description=description))
+        client.update_artifact(artifact, update)
 
 
 @dataclass(frozen=True)
@@ -152,23 +167,31 @@ class LoggedProgress:
             self._logger.info(text)
         if self._share is not None and now >= max(self._next_move, _mover.rests_until):
             self._next_move = now + _SECONDS_BETWEEN_MOVES
-            self._move(self._share, done, total, text)
+            share = self._share
+            self._put(share, lambda: share.move(done, total, text))
 
     def end(self, note: str) -> None:
         """Move the artifact to the end of the stage. Waits a few seconds at most."""
-        if self._share is None:
-            return
-        self._move(self._share, 1, 1, note, last=True)
+        if share := self._share:
+            self._last(share, lambda: share.move(1, 1, note))
+
+    def fail(self, error: Exception) -> None:
+        """Show the error that ends the stage beside the artifact. Waits a few seconds at most."""
+        if share := self._share:
+            self._last(share, lambda: share.fail(error))
+
+    def _last(self, share: Share, send: Callable[[], None]) -> None:
+        self._put(share, send, last=True)
         if not _mover.settled(_SECONDS_FOR_THE_LAST):
             self._cannot("the server does not answer")
 
-    def _move(self, share: Share, done: int, total: int, text: str, last: bool = False) -> None:
+    def _put(self, share: Share, send: Callable[[], None], last: bool = False) -> None:
         # Prefect's events name the run of the context
         context = contextvars.copy_context()
         _mover.put(
             share.artifact,
             _Move(
-                send=lambda: context.run(share.move, done, total, text),
+                send=lambda: context.run(send),
                 failed=lambda error: self._cannot(f"{type(error).__name__}: {error}"),
                 last=last,
             ),

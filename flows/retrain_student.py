@@ -17,6 +17,7 @@ from prefect.runtime import flow_run
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.markdown import retraining_text
 from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, named, parameters_of
+from teacher_cache.flows.precompute_teacher import log_problems
 from teacher_cache.flows.progress import LoggedProgress
 from teacher_cache.flows.report_artifacts import leave_report
 from teacher_cache.flows.retries import TRIED_AGAIN
@@ -98,10 +99,16 @@ def look(config: RetrainConfig) -> Look:
 
 @task(name="encode", task_run_name="encode", **TRIED_AGAIN)
 def encode(config: RetrainConfig, state: Look) -> PrecomputeResult | None:
-    """Encode a cache of the current dataset, unless it is finished, and verify it. Old rows are copied."""
+    """Encode a cache of the current dataset, unless it is finished, and verify it. Old rows are copied.
+
+    The first problems of the dataset are logged.
+    """
     from teacher_cache.pipeline.promote.retrain import Retraining
 
-    return Retraining(config).encode(state, LoggedProgress(get_run_logger()))
+    encoded = Retraining(config).encode(state, LoggedProgress(get_run_logger()))
+    if encoded is not None:
+        log_problems(encoded)
+    return encoded
 
 
 @task(name="train", task_run_name="train", cache_policy=NO_CACHE, persist_result=False)

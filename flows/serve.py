@@ -157,13 +157,14 @@ def _serve(home: Path, port: int, limit: int, lock: IO[str]) -> NoReturn:
     environment = _environment(home, api, port)
     children: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(name: str, *command: str) -> subprocess.Popen[bytes]:
+    def start(name: str, *command: str, stdout: int | None = None) -> subprocess.Popen[bytes]:
         # not by a shell's `&`: its processes ignore SIGINT, which Prefect's worker needs to stop
         children[name] = subprocess.Popen(
             [sys.executable, "-m", "prefect", *command],
             cwd=PROJECT,
             env=environment,
             stdin=subprocess.DEVNULL,
+            stdout=stdout,
             start_new_session=True,  # Ctrl-C reaches this process only, which stops the others in order
             pass_fds=[lock.fileno()],
         )
@@ -172,8 +173,11 @@ def _serve(home: Path, port: int, limit: int, lock: IO[str]) -> NoReturn:
         return children[name]
 
     def run(name: str, *command: str) -> None:
-        if code := start(name, *command).wait():
-            raise ServeError(f"prefect {' '.join(command)} ended with code {code}")
+        process = start(name, *command, stdout=subprocess.PIPE)
+        output, _ = process.communicate()
+        if process.returncode:  # else it only tells to start a worker, which is started here
+            _say(output.decode(errors="replace"))
+            raise ServeError(f"prefect {' '.join(command)} ended with code {process.returncode}")
         del children[name]
 
     try:

@@ -18,7 +18,7 @@ from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.evaluate_student import evaluate_run
 from teacher_cache.flows.markdown import run_text
 from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, default_out, named, parameters_of
-from teacher_cache.flows.progress import LoggedProgress, Share, start_progress
+from teacher_cache.flows.progress import LoggedProgress, Share, progress_artifact
 from teacher_cache.flows.report_artifacts import leave_report
 from teacher_cache.flows.retries import TRIED_AGAIN
 from teacher_cache.pipeline.models.run_folder import RunFolder
@@ -74,9 +74,9 @@ def train_student(
     config = check_config(TrainConfig, {**settings, "out": out or default_out("runs", settings)}, ARTIFACT)
     if evaluate_split and evaluate_checkpoint == "best" and config.select_split is None:
         raise UsageError("evaluate_checkpoint is 'best', but select_split, on which it is chosen, is not given")
-    progress = start_progress(ARTIFACT, config.out)
     measured = None
-    with device_slots(config.device, config.devices), log_fields(run=flow_run.name):
+    slots = device_slots(config.device, config.devices)
+    with progress_artifact(ARTIFACT, config.out) as progress, slots, log_fields(run=flow_run.name):
         record = train_run.with_options(timeout_seconds=timeout_seconds)(config, progress)
         if evaluate_split:
             measured = evaluate_run(evaluate_config(config, evaluate_split, evaluate_checkpoint))

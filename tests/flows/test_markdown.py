@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from teacher_cache.flows.markdown import cache_text, code, recall_text, run_text
+from teacher_cache.flows.markdown import cache_text, code, problem_lines, recall_text, run_text
+from teacher_cache.flows.precompute_teacher import summary_table
 from teacher_cache.flows.report_artifacts import ReportLeft, image_uri, page_beside
 from teacher_cache.flows.serve import REPORTS_URL
 from teacher_cache.pipeline.evaluate.intervals import Interval, RecallIntervals
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, TowerResult
 from teacher_cache.pipeline.evaluate.sampled import SampledRecall
 from teacher_cache.pipeline.models.run_record import BestRecord, EpochRecord, RunRecord, Selection
+from teacher_cache.pipeline.precompute.run import PrecomputeResult
 from teacher_cache.storage.look.info import describe_cache
 from tests.conftest import make_identity
 from tests.pipeline.train.train_work import train_config
@@ -143,7 +145,7 @@ def test_a_cache_says_what_made_it(known_cache):
         f"| teacher | `tiny`, weights `{'a' * 16}` |",
         "| architecture | width 8, GELU, fp32, logit scale 20 |",
         "| pixels | 32 x 32, bicubic, shortest |",
-        "| dataset | flickr, 10 images, 25 captions |",
+        f"| dataset | `{info.dataset}`, 10 images, 25 captions |",
         "| splits | `train` 8, `test` 2 |",
         "The teacher's own recall, 10 images, 25 captions, in percent:",
         "| image to text | 12.3 | 12.3 | 12.3 |",
@@ -152,8 +154,44 @@ def test_a_cache_says_what_made_it(known_cache):
     ):
         assert line in text.splitlines(), line
     assert "recall" not in cache_text(info, None)
+    assert "Problems" not in cache_text(info, None)
     # a table without words in its first row has an empty line above it in the UI
     assert "| |" not in text
+
+
+def in_splits(info, **splits):
+    dataset = info.identity.dataset.model_copy(update={"splits": splits})
+    return info.model_copy(update={"identity": info.identity.model_copy(update={"dataset": dataset})})
+
+
+def test_a_cache_without_splits_says_so(known_cache):
+    info = describe_cache(str(known_cache))
+    assert "| splits | no splits |" in cache_text(in_splits(info, **{"": 10}), None)
+    assert "| splits | `test` 2, no split 8 |" in cache_text(in_splits(info, **{"test": 2, "": 8}), None)
+    fields = dict.fromkeys(PrecomputeResult.model_fields, 0)
+    result = PrecomputeResult.model_construct(
+        **fields | {"splits": {"": 8, "test": 2}, "rows_reused": {}, "problems": {}},
+    )
+    assert [row["what"] for row in summary_table(result) if "split" in row["what"]] == ["split test"]
+
+
+def test_the_first_problems_are_listed_and_the_others_counted(known_cache):
+    result = PrecomputeResult.model_construct(
+        cache="c.cache",
+        problem_details=("undecodable-image: a|b.jpg: cut short", "damaged-tar: 0.tar: ends early"),
+        problems={"undecodable-image": 1_200, "damaged-tar": 1},
+    )
+    more = "1,199 more: teacher-cache info c.cache --problems lists them"
+    assert problem_lines(result) == [*result.problem_details, more]
+    text = cache_text(describe_cache(str(known_cache)), None, problem_lines(result))
+    listed = text.partition("Problems:\n\n")[2].partition("\n\n")[0]
+    assert listed.splitlines() == [
+        "- `undecodable-image: a\\|b.jpg: cut short`",
+        "- `damaged-tar: 0.tar: ends early`",
+        f"- `{more}`",
+    ]
+    few = result.model_copy(update={"problems": {"undecodable-image": 1, "damaged-tar": 1}})
+    assert problem_lines(few) == list(few.problem_details)
 
 
 def test_no_name_breaks_out_of_its_code():

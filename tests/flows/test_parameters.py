@@ -100,7 +100,7 @@ def started_with(**given):
     """The config that a flow run makes of the parameters somebody gave, all others as the form has them."""
     made = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("teacher_cache.flows.train_student.start_progress", lambda *_: made.append)
+        patch.setattr("teacher_cache.flows.train_student.progress_artifact", lambda *_: contextlib.nullcontext())
         patch.setattr("teacher_cache.flows.train_student.device_slots", lambda *_: contextlib.nullcontext())
         patch.setattr(
             "teacher_cache.flows.train_student.train_run",
@@ -214,6 +214,11 @@ class NamedRun:
             precompute_teacher,
             {"dataset": "flickr:../shared/flickr8k", "teacher": "ViT-B-32", "cache": "s3://b/f8k.cache"},
             "flickr8k x ViT-B-32 -> f8k.cache",
+        ),
+        (
+            precompute_teacher,
+            {"dataset": "webdataset:/data/shards/{00000..00004}.tar", "teacher": "scenes", "cache": "p.cache"},
+            "shards/{00000..00004}.tar x scenes -> p.cache",
         ),
         (
             train_student,

@@ -14,7 +14,8 @@ import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 import teacher_cache.flows.progress
-from teacher_cache.flows.progress import LoggedProgress, Share
+from teacher_cache.flows.progress import LoggedProgress, Share, progress_artifact
+from teacher_cache.storage.errors import UsageError
 
 
 class Log:
@@ -89,6 +90,25 @@ def test_a_part_of_a_part_and_a_stage_of_nothing(server):
     assert (share.first, share.last) == (40.0, 60.0)
     share.move(0, 0, "nothing to do")
     assert server.told == [(60.0, "`w`: nothing to do")]
+
+
+def test_an_error_that_ends_the_run_is_shown_where_the_progress_stopped(server, monkeypatch):
+    artifact = uuid4()
+    monkeypatch.setattr("teacher_cache.flows.progress.create_progress_artifact", lambda *_, **__: artifact)
+    monkeypatch.setattr("teacher_cache.flows.progress.get_run_logger", Log)
+
+    def run():
+        with progress_artifact("precompute-teacher", "c.cache") as share:
+            LoggedProgress(Log(), share)("images", 1, 4)
+            assert settled()
+            raise UsageError("dataset kind 'flicker' is not known")
+
+    with pytest.raises(UsageError, match="flicker"):
+        run()
+    assert server.told == [
+        (25.0, "`c.cache`: images: 1 of 4"),
+        (None, "`c.cache`: failed, UsageError: dataset kind 'flicker' is not known"),
+    ]
 
 
 def test_lines_are_written_every_half_minute_with_or_without_an_artifact(server):

@@ -40,8 +40,11 @@ def test_the_artifact_tells_what_the_cache_holds(served, precomputed):
     assert table["chunks encoded by this run"] == 15
     assert (table["quarantined"], table["problem undecodable-image"]) == (1, 1)
     assert table["manifest digest"] == verify_cache(str(cache)).manifest_digest
-    listed = served.prefect("artifact", "inspect", "precompute-teacher").stdout
-    assert "undecodable-image: train/cat/3.jpg" in listed
+    problem = "undecodable-image: train/cat/3.jpg: "
+    assert f"- `{problem}" in served.artifact(flow_run, "precompute-teacher-report")["data"]
+    wanted = {"flow_run_id": {"any_": [flow_run]}, "level": {"ge_": 30}}
+    (warning,) = served.ask("logs/filter", {"logs": wanted})
+    assert (warning["level"], warning["message"][: len(problem)]) == (30, problem)
     assert served.artifact(flow_run, "precompute-teacher-progress")["data"] == 100.0
 
 
@@ -50,6 +53,8 @@ def test_what_serve_says_to_type_is_right(served):
     assert export == f"export PREFECT_API_URL={served.api}"
     assert run.endswith("prefect deployment run precompute-teacher/default --watch")
     assert "prefect flow-run logs UUID" in served.worker_log()
+    before, _, _ = served.worker_log().partition("ready:")
+    assert "start a worker" not in before  # Prefect's advice for each deployment, although one is started
     deployment = served.ask("deployments/name/precompute-teacher/default")
     form = deployment["parameter_openapi_schema"]
     assert form["required"] == ["dataset", "teacher", "cache"]
@@ -83,6 +88,9 @@ def test_a_wrong_parameter_fails_the_run_with_the_reason_and_no_retry(served, ti
     assert "Traceback" not in output + logged
     (task,) = served.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}})
     assert (task["name"], task["run_count"]) == ("plan", 1)
+    progress = served.artifact(flow_run, "precompute-teacher-progress")
+    assert progress["data"] == 0
+    assert f"`: failed, {reason}" in progress["description"]
     assert not cache.exists()
 
 

@@ -51,7 +51,7 @@ def test_a_cache_is_told_in_markdown(served, precomputed):
     assert left["type"] == "markdown"
     info = describe_cache(str(precomputed.path))
     assert info.identity_digest in left["data"]
-    assert "| dataset | imagefolder, 28 images, 84 captions |" in left["data"]
+    assert f"| dataset | `{info.dataset}`, 28 images, 84 captions |" in left["data"]
     assert "The teacher's own recall, 27 images" in left["data"]  # one of them is not an image
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -26,7 +27,8 @@ def test_events_of_a_flow_run_have_its_name(monkeypatch: pytest.MonkeyPatch, tmp
         raise Seen(json.loads(JsonFormatter().format(logging.makeLogRecord({"msg": "at work"})))["run"])
 
     monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__NAME", "brisk-owl")
-    monkeypatch.setattr("teacher_cache.flows.train_student.start_progress", lambda *_: None)
+    no_progress = contextlib.nullcontext()
+    monkeypatch.setattr("teacher_cache.flows.train_student.progress_artifact", lambda *_: no_progress)
     monkeypatch.setattr("teacher_cache.flows.train_student.train_run", SimpleNamespace(with_options=lambda **_: tell))
     monkeypatch.setattr("teacher_cache.flows.retrain_student.look", lambda _: SimpleNamespace(judged=None))
     monkeypatch.setattr("teacher_cache.flows.retrain_student.encode", tell)

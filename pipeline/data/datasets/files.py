@@ -80,16 +80,20 @@ def require_there(root: str) -> Path:
     """Return the root as a path on this machine.
 
     Raises:
-        UsageError: it does not exist. The message names the most similar path, or what is there.
+        UsageError: it does not exist. The message names the most similar path, or what is there; for a relative path
+            in full, since a worker of Prefect's may run in another folder than its user.
     """
     path = Path(root)
     if path.exists():
         return path
+    path = path.absolute()
     while not path.parent.exists():
         path = path.parent
     similar = similar_name(path)
     instead = f"{path.parent / similar} is" if similar else f"{path.parent} holds {contents(path.parent)}"
     missing = "not there" if path == Path(root) else f"{path} is not there"
+    if not Path(root).is_absolute():
+        instead += "; write the whole path if it lies elsewhere"
     raise UsageError(f"{printable(root)}: {printable(missing)}; {printable(instead)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,18 @@ def test_a_picture_that_is_elsewhere_is_named(listed: str, tmp_path: Path) -> No
     (tmp_path / "pairs.csv").write_text(f"path,caption\n{listed},A.\n")
     with pytest.raises(UsageError, match=r"does not exist; there is pictures/a\.jpg$"):
         load_samples(DatasetSpec.parse(f"table:{tmp_path}/pairs.csv"))
+
+
+@pytest.mark.parametrize("typed", ["shards", "webdataset:shards", "webdataset:shards/more/0.tar"])
+def test_a_relative_path_to_nothing_is_told_by_the_folder_it_starts_from(
+    typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of Prefect's may run in another folder than the one that its user has in mind."""
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    said = f"{tmp_path}/shards is not there; {tmp_path} holds notes.txt; write the whole path if it lies elsewhere"
+    with pytest.raises(UsageError, match=f": {re.escape(said)}$"):
+        check_dataset(typed)
 
 
 def test_the_check_takes_no_torch(tmp_path: Path) -> None:
