@@ -24,7 +24,7 @@ from teacher_cache.pipeline.settings.promote import RetrainConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.identity import DatasetIdentity
-from teacher_cache.storage.format.manifest import CacheManifest
+from teacher_cache.storage.format.manifest import CacheManifest, holdout_advice
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, read_table
 
 _DEFAULTS = {"views": 1, "dtype": "float16", "decoder": PILLOW}
@@ -198,7 +198,7 @@ def _require_splits(settings: StageSettings, dataset: DatasetIdentity) -> None:
         ("train.select_split", training.select_split),
     ):
         if split is not None and split not in dataset.splits:
-            known = ", ".join(map(repr, dataset.splits)) or "none"
+            known = (", ".join(map(repr, dataset.splits)) or "none") + holdout_advice(dataset.splits)
             raise UsageError(f"{settings.config.dataset}: no split {split!r} ({setting}); there are {known}")
 
 

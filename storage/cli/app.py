@@ -273,8 +273,9 @@ def of_kind(wanted: str) -> Callable[[click.Context, click.Parameter, Any], Any]
     """Return a callback that refuses paths where another kind of place is, before anything is imported."""
 
     def check(ctx: click.Context, param: click.Parameter, typed: Any) -> Any:
+        options = [str(other.name) for other in ctx.command.params if isinstance(other, click.Option)]
         for location in typed if isinstance(typed, tuple) else (typed or "",):
-            if problem := misplaced(location, wanted, [str(other.name) for other in ctx.command.params]):
+            if problem := misplaced(location, wanted, options):
                 raise UsageError(problem)
         return typed
 

@@ -55,7 +55,9 @@ def misplaced(location: str, wanted: str, settings: Collection[str] = ()) -> str
     """
     if kind_of(location) in ("", wanted):
         return ""
-    return typed_as(location, settings) or f"{described(location)}; a {wanted} is wanted here"
+    example = ": --registry students" if wanted == REGISTRY and "registry" in settings else ""
+    typed = "" if example else typed_as(location, settings)
+    return typed or f"{described(location)}; a {wanted} is wanted here{example}"
 
 
 def similar_names(location: str, wanted: str = "") -> str:

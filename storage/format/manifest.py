@@ -10,6 +10,7 @@ generations. Versions that wrote them could add views to a cache as a second gen
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -121,7 +122,7 @@ class CacheManifest(Record):
         splits = self.identity.dataset.splits
         if split not in splits:
             names = ", ".join(f"{name!r} ({count} images)" for name, count in splits.items())
-            raise UsageError(f"{location}: no split {split!r}; this cache has {names}")
+            raise UsageError(f"{location}: no split {split!r}; this cache has {names}{holdout_advice(splits)}")
 
     @property
     def digest(self) -> str:
@@ -172,6 +173,11 @@ class CacheManifest(Record):
             return cls.model_validate(fields if version == FORMAT_VERSION else _newer_fields(fields, where))
         except ValidationError as error:
             raise CacheFormatError(f"{where}: {error}") from error
+
+
+def holdout_advice(splits: Collection[str]) -> str:
+    """Return the end of a message about an unknown split: how a dataset without splits gets some, or nothing."""
+    return ": add ?holdout=10% behind the dataset to set a part aside" if [*splits] == [""] else ""
 
 
 def _newer_fields(fields: dict[str, Any], where: str) -> dict[str, Any]:

@@ -157,10 +157,16 @@ def test_a_dataset_that_is_mostly_gone_is_no_new_data(home: Path, tiny_teacher: 
 
 
 def test_wrong_settings_cost_no_encoding(home: Path, tiny_teacher: Path) -> None:
+    table = home / "photos" / "pairs.csv"
+    table.write_text("path,caption\nimages/0000.jpg,a picture\n")
     for wrong, said in (
         ({"train": {"epochs": 0}}, "epochs"),
         ({"student": "no-such-student"}, "no-such-student"),
         ({"split": "tset"}, r"no split 'tset' \(split\); there are 'train', 'test'"),
+        (
+            {"dataset": f"table:{table}", "split": "test"},
+            r"no split 'test' \(split\); there are '': add \?holdout=10% behind the dataset to set a part aside",
+        ),
         ({"dataset": f"images:{home}/photos/images"}, "no captions, and students are compared by their recall of capt"),
         ({"home": "s3://bucket/home"}, "local folder"),
         ({"deploy": {"rounds": 0}}, "rounds"),
