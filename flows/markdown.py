@@ -102,13 +102,17 @@ def _epochs(record: RunRecord, names: list[str], selected: bool) -> Iterable[lis
 
 def recall_text(measured: EvaluateResult) -> str:
     """Return the recalls of teacher and student in percent, and the retention with its interval."""
+    # imported here: deploying a flow needs neither numpy nor FAISS
+    from teacher_cache.pipeline.evaluate.learned import learned_words
+
     of = f"{measured.images:,} images, {measured.captions:,} captions"
     if measured.quarantined:
         of += f", {measured.quarantined:,} quarantined ones left out"
     lines = [f"Recall on {code(measured.split)}: {of}."]
     if measured.checkpoint is not None:
         chosen = f", which was chosen on {code(measured.chosen_on)}" if measured.chosen_on else ""
-        lines[0] += f" Student: {code(measured.checkpoint)}{chosen}."
+        learned = learned_words(measured.learned_images, "them")
+        lines[0] += f" Student: {code(measured.checkpoint)}{chosen}{f'; {learned}' if learned else ''}."
     lines.append("")
     level = f"{100 * measured.interval_level:.0f} %"
     return "\n".join([*lines, *_table(["metric", "teacher", "student", f"retention [{level}]"], _recalls(measured))])
@@ -171,6 +175,7 @@ def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None,
             lines += ["", *_problem_list(problems)]
     if candidate is not None:
         lines += ["", f"Student {candidate.number}, {code(candidate.run)}: {candidate.reason}.", ""]
+        lines += [line for learned in candidate.learned_lines() for line in (f"{learned}.", "")]
         lines += _table([f"recall on {code(candidate.split)}", "student", "champion before"], _compared(candidate))
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ import click
 
 from teacher_cache.pipeline.cli.options import Settings, log_format_option, metrics_option, settings_command
 from teacher_cache.pipeline.cli.stopping import chunks_committed, resumable
+from teacher_cache.pipeline.settings.names import first_student
 from teacher_cache.pipeline.settings.precompute import ImportConfig, PrecomputeConfig, ProofConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.cli.app import cache_argument, command, json_flag, print_json, print_lines, print_result
@@ -62,8 +63,7 @@ def _suggest_use(config: PrecomputeConfig, teacher: str) -> None:
     if config.dataset.startswith("labelled:"):
         suggest_next("zero-shot", "DATASET", cache=config.cache)
     else:
-        student = "scenes-small" if teacher == "bundled:scenes" else "vit-ti-32"
-        suggest_next("train", cache=config.cache, student=student, out="runs/a")
+        suggest_next("train", cache=config.cache, student=first_student(teacher), out="runs/a")
 
 
 @settings_command(

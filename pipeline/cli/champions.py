@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +14,7 @@ from teacher_cache.pipeline.settings.promote import PromoteConfig, RetrainConfig
 from teacher_cache.storage.cli.app import Argument, Group, command, json_flag, of_kind, print_json, print_result
 from teacher_cache.storage.cli.tables import Table
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.files.places import REGISTRY
+from teacher_cache.storage.files.places import REGISTRY, RUN, similar_names
 from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 from teacher_cache.storage.observe.quantities import counted
@@ -57,14 +58,19 @@ def _list(registry: str, champion: bool, as_json: bool) -> None:
     from teacher_cache.pipeline.promote.registry import StudentRegistry, Students
 
     stored = StudentRegistry(registry)
-    promotions = stored.promotions()
+    students, promotions = stored.candidates(), stored.promotions()
+    if not students and Path(registry).is_dir() and (run := similar_names(registry, RUN)):
+        raise UsageError(
+            f"{registry}: no registry of students, but a folder of training runs.{run} teacher-cache students list "
+            "REGISTRY lists what promote measured, report CACHE --run RUN shows runs, ls FOLDER lists caches"
+        )
     number = promotions[-1].candidate if promotions else None
     if champion:
         if number is None:
             raise UsageError(f"{registry}: no champion yet; teacher-cache promote makes one")
         print_result(stored.candidate(number), as_json, lambda one: [one.deployed or f"{one.run}/{one.checkpoint}"])
         return
-    listed = Students(registry=registry, champion=number, students=stored.candidates(), promotions=promotions)
+    listed = Students(registry=registry, champion=number, students=students, promotions=promotions)
     if listed.students or as_json:
         print_result(listed, as_json, lambda _: [_table(listed)])
     else:
@@ -117,8 +123,9 @@ def _verdict(result: PromoteResult) -> Iterator[str]:
     both = "measured" if one.comparison is None else "both measured"
     yield (
         f"{both} on {one.measured_cache}, split {one.split!r}: {counted(one.images, 'image')}, "
-        f"{counted(one.captions, 'caption')}" + (", which the student learned from" if one.on_training_split else "")
+        f"{counted(one.captions, 'caption')}"
     )
+    yield from one.learned_lines()
     if one.comparison is not None and one.comparison.other_images is not None:
         yield f"accepted: {one.comparison.other_images}"
 
@@ -182,6 +189,7 @@ def retrain_lines(result: RetrainResult) -> list[str]:
         )
     if result.candidate is not None:
         one = result.candidate
+        lines += one.learned_lines()
         verdict = f"{result.outcome}: {one.reason}"
         if result.outcome == "nothing-new":
             verdict = f"nothing new since it was {'promoted' if one.passed else 'rejected'}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
+from teacher_cache.pipeline.settings.names import first_student
 from teacher_cache.storage.cli.app import json_flag, print_result
 from teacher_cache.storage.cli.tables import Table
 from teacher_cache.storage.observe.logs import command_line, say, suggest_next
@@ -33,7 +34,7 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> None:
     print_result(result, as_json, lambda _: [_recall_table(result)])
     if result.not_kept:
         say(f"warning: not left in the run, so that no report of it will show it: {result.not_kept}")
-    if result.images < _FEW_IMAGES:
+    if result.student is not None and result.images < _FEW_IMAGES:
         every = (values[direction].values() for _, values, _ in _recall_rows(result) for direction in result.teacher)
         gaps = ". -: not measurable on so few" if any(None in cells for cells in every) else ""
         say(f"{counted(result.images, 'image')}: few; read the 95 % intervals{gaps}")
@@ -52,7 +53,7 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> None:
 
 def _after(result: EvaluateResult) -> tuple[str, ...]:
     if result.run is None:
-        return "train", "--cache", result.cache, "--student", "STUDENT", "--out", "runs/NAME"
+        return "train", "--cache", result.cache, "--student", first_student(result.teacher_name), "--out", "runs/a"
     if result.unfinished:
         return "train", "--resume", "--out", result.run
     return "deploy", "--run", result.run, "--out", f"deployed/{Path(result.run).resolve().name}"
@@ -74,11 +75,8 @@ def zero_shot(config: ZeroShotConfig, as_json: bool) -> None:
     for line in result.undecodable:
         say(f"left out: {line}")
     print_result(result, as_json, lambda _: [_accuracy_table(result)])
-    if result.learned_images:
-        say(
-            f"{result.learned_images:,} of these {counted(result.images, 'image')} are images that the student learned "
-            f"from. Measure others: another --split, or ?holdout=10% behind a dataset that was cached so"
-        )
+    if learned := _learned(result, f"these {counted(result.images, 'image')}"):
+        say(f"{learned}. Measure others: another --split, or ?holdout=10% behind a dataset that was cached so")
 
 
 def _recall_table(result: EvaluateResult) -> Table:
@@ -86,10 +84,10 @@ def _recall_table(result: EvaluateResult) -> Table:
     where = f"{result.cache}, {result.split}" if result.split else result.cache
     title = f"{where}: {counted(result.images, 'image')}, {counted(result.captions, 'caption')}"
     title += _checkpoint(result.checkpoint, result.chosen_on)
-    if result.on_training_split:
-        title += ", which learned from these images"
-    elif any(field.startswith("dataset") for field in result.accepted_mismatches):
+    if any(field.startswith("dataset") for field in result.accepted_mismatches):
         title += f", which learned from {result.learned_from}"
+    if learned := _learned(result, "them"):
+        title += f"; {learned}"
     if result.unfinished:
         title += f", {result.unfinished}"
     columns = [(direction, name) for direction, recalls in result.teacher.items() for name in recalls]
@@ -136,6 +134,13 @@ def _accuracy_table(result: ZeroShotResult) -> Table:
         if values:
             table.add_row(label, *(f"{values[name]:.1f}" for name in names))
     return table
+
+
+def _learned(result: EvaluateResult | ZeroShotResult, of: str) -> str:
+    """Return from how many of the measured images the student learned, in words; empty if from none."""
+    from teacher_cache.pipeline.evaluate.learned import learned_words
+
+    return learned_words(result.learned_images, of) if result.run else ""
 
 
 def _checkpoint(checkpoint: str | None, chosen_on: str | None) -> str:

@@ -65,7 +65,7 @@ class Subject:
         reports: int8 reports of the quantised towers.
         checkpoint: checkpoint that the files were made from.
         chosen_on: split that the checkpoint was chosen on, if any.
-        on_training_split: True if the student learned from the split.
+        learned_images: number of the split's images that the student learned from; None if it is not known.
         teacher: the teacher, on the CPU.
         teacher_probe: arguments to load the teacher in another process, which measures its memory.
         zero_shot: labelled images to measure accuracy on, if any.
@@ -76,7 +76,7 @@ class Subject:
     reports: Mapping[Tower, Int8Report]
     checkpoint: Path
     chosen_on: str | None
-    on_training_split: bool
+    learned_images: int | None
     split: EvaluationSplit
     teacher: LiveTeacher
     teacher_probe: dict[str, Any]
@@ -124,7 +124,7 @@ def measure(config: DeployConfig, subject: Subject, progress: Progress) -> Stude
         split=split.name,
         images=len(split.image_rows),
         captions=len(split.captions),
-        on_training_split=subject.on_training_split,
+        learned_images=subject.learned_images,
         teacher_precision=split.reader.manifest.identity.teacher.precision,
         quarantined=split.quarantined,
         **({} if subject.zero_shot is None else _zero_shot_facts(subject.zero_shot, places)),

@@ -30,6 +30,7 @@ from teacher_cache.pipeline.deploy.record import Artefact, Deployment, Variant, 
 from teacher_cache.pipeline.deploy.table import Int8Report, StudentTable, to_markdown
 from teacher_cache.pipeline.deploy.tokens import tokenization_of
 from teacher_cache.pipeline.evaluate.labelled_images import open_labelled
+from teacher_cache.pipeline.evaluate.learned import count_learned
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit, open_split
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.run_folder import RunFolder
@@ -93,7 +94,7 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
         )
         del student
         chosen_on = record.chosen_on(config.checkpoint)
-        learned = record.learned_from(split.reader.identity.dataset, split.name)
+        learned = count_learned(record, split.content_sha256, split.reader)
         subject = Subject(
             folder, deployment, reports, checkpoint, chosen_on, learned, split, teacher, teacher_probe, zero_shot
         )

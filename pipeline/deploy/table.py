@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.evaluate.cost.results import ModelCost, SpeedRatios
 from teacher_cache.pipeline.evaluate.intervals import Interval
+from teacher_cache.pipeline.evaluate.learned import learned_words
 from teacher_cache.pipeline.evaluate.recall import chance_recall, mean_recall
 from teacher_cache.storage.cli.tables import Table
 from teacher_cache.storage.observe.quantities import counted
@@ -95,7 +96,9 @@ class StudentTable(BaseModel, frozen=True):
     images: int
     captions: int
     quarantined: int = Field(description="Number of the split's images without an embedding, which are left out.")
-    on_training_split: bool = Field(False, description="True if the student learned from the measured images.")
+    learned_images: int | None = Field(
+        None, description="Number of these images that the student learned from; None where its cache cannot be read."
+    )
     teacher_precision: str = Field(description="Precision of the teacher's cached embeddings.")
     zero_shot_dataset: str | None = None
     zero_shot_images: int | None = None
@@ -238,8 +241,9 @@ def describe(table: StudentTable) -> str:
         f"measurable if they differ by more than a factor of {_WIDEST:g}. Peak memory: of a process of its own, "
         "libraries and all.",
     ]
-    if table.on_training_split:
-        parts.append("The student learned from these images, so that recall and retention say nothing about others.")
+    if table.learned_images:
+        learned = learned_words(table.learned_images, f"these {counted(table.images, 'image')}")
+        parts.append(f"{learned[0].upper()}{learned[1:]}, so that recall and retention say little about others.")
     if table.quarantined:
         parts.append(f"Left out: {table.quarantined:,} quarantined images of the split.")
     if table.zero_shot_dataset is not None:

@@ -38,6 +38,7 @@ from teacher_cache.pipeline.evaluate.intervals import (
     bootstrap_recalls,
     bootstrap_share,
 )
+from teacher_cache.pipeline.evaluate.learned import count_learned
 from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks, chance_recall, recall_of_ranks, retention
 from teacher_cache.pipeline.evaluate.split import CachedTeacher, Embedded, EvaluationSplit, embed, open_split
 from teacher_cache.pipeline.models.run_folder import RunFolder
@@ -70,13 +71,16 @@ class EvaluateResult(BaseModel, frozen=True):
     captions: int
     distinct_captions: int | None = Field(None, description="Number of different texts among the captions.")
     dataset: str | None = Field(None, description="Dataset of the cache, KIND:PATH.")
+    teacher_name: str | None = Field(None, description="Name of the cached teacher.")
     quarantined: int = Field(description="Number of the split's images without an embedding, which are left out.")
     cache: str
     cache_manifest_digest: str
     accepted_mismatches: tuple[str, ...] = Field(description="Differences between this cache and the run's cache.")
     run: str | None
     learned_from: str | None = Field(None, description="Cache that the student learned from.")
-    on_training_split: bool = Field(False, description="True if the student learned from the measured images.")
+    learned_images: int | None = Field(
+        None, description="Number of these images that the student learned from; None where its cache cannot be read."
+    )
     checkpoint: str | None = Field(None, description="Folder of the student's checkpoint in the run.")
     chosen_on: str | None = Field(None, description="Split that the checkpoint was chosen on, if any.")
     unfinished: str | None = Field(None, description="Epochs trained and wanted, if the run is unfinished.")
@@ -305,13 +309,14 @@ def _result(
         captions=len(split.caption_rows),
         distinct_captions=split.distinct_captions,
         dataset=split.reader.manifest.source.dataset,
+        teacher_name=split.reader.identity.teacher.name,
         quarantined=split.quarantined,
         cache=split.cache,
         cache_manifest_digest=split.reader.manifest.digest,
         accepted_mismatches=split.accepted_mismatches,
         run=config.run,
         learned_from=run.record.config.cache if run else None,
-        on_training_split=run is not None and run.record.learned_from(split.reader.identity.dataset, split.name),
+        learned_images=count_learned(run.record, split.content_sha256, split.reader) if run else None,
         checkpoint=run.checkpoint_name if run else None,
         chosen_on=run.record.chosen_on(config.checkpoint) if run else None,
         unfinished=run.record.unfinished if run else None,

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -25,17 +24,15 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
 from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset, open_labelled
+from teacher_cache.pipeline.evaluate.learned import count_learned
 from teacher_cache.pipeline.evaluate.zero_shot_cache import TeacherRows, teacher_rows
 from teacher_cache.pipeline.models.device import keep_freed_memory, resolve_device
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.models.run_record import RunRecord
 from teacher_cache.pipeline.models.student import load_student, student_tokenizer
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
-from teacher_cache.storage.errors import CacheError, UsageError
-from teacher_cache.storage.format.tables import SAMPLES
+from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.look.nearest import unit_rows
-from teacher_cache.storage.read.reader import EmbeddingReader
 
 _PROBLEMS_SHOWN = 20
 
@@ -334,6 +331,7 @@ def zero_shot(config: ZeroShotConfig, progress: Progress | None = None) -> ZeroS
     lost = {row: reason for result in results.values() for row, reason in result.lost.items()}
     undecodable = [lost[row] for row in sorted(lost)]
     chance = 100 / len(dataset.prompts)
+    digests = pa.chunked_array([pa.array(dataset.digests).take(pa.array(same))])
     return ZeroShotResult(
         dataset=config.dataset,
         split=dataset.split,
@@ -355,23 +353,9 @@ def zero_shot(config: ZeroShotConfig, progress: Progress | None = None) -> ZeroS
         run=config.run,
         checkpoint=checkpoint.relative_to(folder.path).as_posix() if folder and checkpoint else None,
         chosen_on=record.chosen_on(config.checkpoint) if record else None,
-        learned_images=_count_learned(record, dataset.digests) if record else None,
+        learned_images=count_learned(record, digests) if record else None,
         seconds=time.perf_counter() - started,
     )
-
-
-def _count_learned(record: RunRecord, digests: list[str]) -> int | None:
-    """Count the images that a student, or a run that was averaged into it, learned from: by their stored bytes."""
-    learned = np.zeros(len(digests), bool)
-    for config in (record.config, *(run.config for run in record.averaged)):
-        try:
-            reader = EmbeddingReader(config.cache)
-            rows = reader.image_rows(config.split)
-        except (CacheError, UsageError):  # it has moved, or is another one by now
-            return None
-        seen = reader.table_rows(SAMPLES, rows)["content_sha256"]
-        learned |= np.asarray(pc.is_in(pa.array(digests, seen.type), value_set=seen))
-    return int(learned.sum())
 
 
 def _classified(

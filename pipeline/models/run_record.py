@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.storage.format.identity import CacheIdentity, DatasetIdentity
+from teacher_cache.storage.format.identity import CacheIdentity
 
 _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
 # places and save intervals: these may change when a run resumes
@@ -121,11 +121,6 @@ class RunRecord(BaseModel):
         if self.averaged:
             return next((run.chosen_on for run in self.averaged if run.chosen_on), None)
         return self.best.split if self.best is not None and which == "best" else None
-
-    def learned_from(self, dataset: DatasetIdentity, split: str) -> bool:
-        """Return whether the student, or a run that was averaged into it, was trained on this split."""
-        runs = (self.config, *(run.config for run in self.averaged))
-        return dataset == self.identity.dataset and split in {config.split for config in runs}
 
     def fitted(self, config: TrainConfig) -> TrainConfig:
         """Return settings for the cache of this run, as training would record them."""

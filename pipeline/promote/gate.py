@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.deploy.record import Deployment, DeploymentError
 from teacher_cache.pipeline.evaluate.intervals import LEVEL, bootstrap_share
+from teacher_cache.pipeline.evaluate.learned import count_learned, learned_words
 from teacher_cache.pipeline.evaluate.recall import RetrievalRanks, mean_recall, recall_of_ranks, retention
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, measure, student_ranks
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit, open_split
@@ -30,6 +31,7 @@ from teacher_cache.pipeline.settings.promote import PromoteConfig
 from teacher_cache.storage.errors import CacheError, CacheMismatchError, UsageError
 from teacher_cache.storage.files.location import absolute_location
 from teacher_cache.storage.format.tables import long_texts
+from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 Progress = Callable[[str, int, int], None]
@@ -68,7 +70,8 @@ def promote(
 
     Raises:
         UsageError: the run is not finished, has no such checkpoint, or is the champion already; the checkpoint was
-            chosen on this split; or the champion's checkpoint is gone or changed.
+            chosen on this split; the student learned from some of its images, and ``accept_learned`` is not set; or the
+            champion's checkpoint is gone or changed.
         CacheMismatchError: the champion was measured on other images, and ``accept_mismatch`` lacks dataset.
         CacheError: as ``evaluate`` raises it.
     """
@@ -84,7 +87,7 @@ def promote(
         raise UsageError(f"{config.run}: {path.name} is the champion already, student {champion.number}")
     settings = EvaluateConfig(**config.model_dump(include=set(EvaluateConfig.model_fields)))
     split = open_split(settings)
-    _require_fair_split(config, record, path.name, split.name)
+    _require_fair_split(config, record, path.name, split)
     if config.deployed is not None:
         _require_deployed(config.deployed, path, weights)
     champion_path = checkpoint_of(champion) if champion else None
@@ -95,7 +98,8 @@ def promote(
     if champion is not None and champion_path is not None:
         ranks = student_ranks(settings, measured.split, champion_path, measured.student_ranks.depth, progress)
         comparison = compare(measured.student_ranks, ranks, measured.split.text_image, champion.number, config.margin)
-        comparison = comparison.model_copy(update={"other_images": other})
+        learned = count_learned(RunFolder(champion.run).read(), split.content_sha256, split.reader)
+        comparison = comparison.model_copy(update={"other_images": other, "champion_learned_images": learned})
     passed, reason = decide(measured.result, comparison, config.min_retention)
     if champion is not None and unchanged:
         passed, reason = False, f"the very weights of champion {champion.number}"
@@ -120,13 +124,20 @@ def promote(
     return PromoteResult(registry=config.registry, candidate=candidate, promotion=promotion)
 
 
-def _require_fair_split(config: PromoteConfig, record: RunRecord, checkpoint: str, split: str) -> None:
-    """Check that the checkpoint was not chosen on the split that it is measured on."""
-    if record.chosen_on(config.checkpoint) == split:
+def _require_fair_split(config: PromoteConfig, record: RunRecord, checkpoint: str, split: EvaluationSplit) -> None:
+    """Check that the checkpoint was not chosen on the split that it is measured on, and learned from none of it."""
+    if record.chosen_on(config.checkpoint) == split.name:
         way_out = "" if record.resized else ", or take --checkpoint last"
         raise UsageError(
-            f"{config.run}: its checkpoint {checkpoint} was chosen on split {split!r}, which flatters it there. "
+            f"{config.run}: its checkpoint {checkpoint} was chosen on split {split.name!r}, which flatters it there. "
             f"Measure on another --split{way_out}"
+        )
+    learned = count_learned(record, split.content_sha256, split.reader)
+    if learned and not config.accept_learned:
+        words = learned_words(learned, f"the {counted(len(split.image_rows), 'image')}")
+        raise UsageError(
+            f"{config.run}: {words} of {split.cache}, split {split.name!r}, which flatters it there. Measure on "
+            "another --split or --cache; or, where a few pictures are in both, accept it: --accept-learned"
         )
 
 
@@ -259,7 +270,7 @@ def _lineage(record: RunRecord, result: EvaluateResult, weights_sha256: str) -> 
         "split": result.split,
         "measured_on": result.cache_manifest_digest,
         "measured_cache": absolute_location(result.cache),
-        "on_training_split": result.on_training_split,
+        "learned_images": result.learned_images,
         "images": result.images,
         "captions": result.captions,
         "recalls": result.student,

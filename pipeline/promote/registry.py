@@ -12,14 +12,17 @@ champion, one of them is refused, in a folder and on S3. A rollback is a promoti
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from teacher_cache.pipeline.evaluate.intervals import Interval
+from teacher_cache.pipeline.evaluate.learned import learned_words
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.observe.quantities import counted
 
 _CANDIDATES = "candidates"
 _PROMOTIONS = "promotions"
@@ -36,6 +39,9 @@ class Comparison(BaseModel, frozen=True):
     interval: Interval | None = Field(description="Interval of the share at this level. None if it is undefined.")
     level: float
     margin: float = Field(description="Percent below 100 at which the interval may start.")
+    champion_learned_images: int | None = Field(
+        None, description="Number of these images that the champion learned from; None where its cache cannot be read."
+    )
     other_images: str | None = Field(
         None, description="Accepted difference between these images and those that the champion was measured on before."
     )
@@ -60,7 +66,9 @@ class Candidate(BaseModel, frozen=True):
     split: str
     measured_on: str = Field(description="Manifest digest of the cache that was measured on.")
     measured_cache: str | None = Field(None, description="Location of that cache. None in earlier records.")
-    on_training_split: bool = Field(False, description="True if the student learned from the measured images.")
+    learned_images: int | None = Field(
+        None, description="Number of these images that the student learned from; None where its cache cannot be read."
+    )
     images: int
     captions: int
     recalls: dict[str, dict[str, float]]
@@ -70,6 +78,14 @@ class Candidate(BaseModel, frozen=True):
     comparison: Comparison | None = Field(description="Comparison with the champion. None for the first student.")
     passed: bool
     reason: str = Field(description="Reason of the verdict.")
+
+    def learned_lines(self) -> Iterator[str]:
+        """Yield from how many of the measured images student and champion learned, if from any."""
+        of, versus = f"these {counted(self.images, 'image')}", self.comparison
+        if words := learned_words(self.learned_images, of):
+            yield words
+        if versus and (words := learned_words(versus.champion_learned_images, of, f"champion {versus.champion}")):
+            yield f"{words}: the comparison favours it" if versus.champion_learned_images else words
 
 
 class Promotion(BaseModel, frozen=True):

@@ -77,7 +77,12 @@ class StageSettings:
         # the dataset of a home may lose images, up to max_removed
         accept = ("dataset",)
         return PromoteConfig(
-            run=run, registry=registry, checkpoint=self.checkpoint(run), accept_mismatch=accept, **shared
+            run=run,
+            registry=registry,
+            checkpoint=self.checkpoint(run),
+            accept_mismatch=accept,
+            accept_learned=True,  # the splits are the user's, and refusing now would cost the training
+            **shared,
         )
 
     def deployment(self, run: str, out: str, checkpoint: Checkpoint) -> DeployConfig:

@@ -18,6 +18,7 @@ from typing import Any
 
 from teacher_cache.pipeline.deploy.table import cells, describe
 from teacher_cache.pipeline.evaluate.intervals import Interval, RecallIntervals
+from teacher_cache.pipeline.evaluate.learned import learned_words
 from teacher_cache.pipeline.evaluate.recall import RECALL_KS, Recalls, mean_recall
 from teacher_cache.pipeline.report.chart import PALETTES, Chart, vega_config
 from teacher_cache.pipeline.report.charts import all_charts
@@ -193,6 +194,8 @@ def _evaluations(data: ReportData) -> list[tuple[str, list[list[str]]]]:
             chosen = f", chosen on {item.chosen_on}" if item.chosen_on else ""
             if item.chosen_on == item.split:
                 chosen += ": no test result"
+            if item.learned_images:
+                chosen += f"; {learned_words(item.learned_images, 'them')}"
             checkpoint = (item.checkpoint or "–").rpartition("/")[2] + chosen
             share = _percent(item.retention["mean"], _mean(item.retention_intervals), " %")
             rows.append([f"{run.name}\n{checkpoint}", share, *_recalls(item.student, item.student_intervals)])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from teacher_cache.pipeline.deploy.table import StudentTable
 from teacher_cache.pipeline.evaluate.intervals import Interval
+from teacher_cache.pipeline.evaluate.learned import learned_words
 from teacher_cache.pipeline.evaluate.recall import chance_recall, mean_recall
 from teacher_cache.pipeline.report.charts import newest_evaluations
 from teacher_cache.pipeline.report.data import ReportData
@@ -25,6 +26,7 @@ class _Kept(NamedTuple):
     split: str
     images: int
     chosen_on: str | None
+    learned_images: int | None
     parameters: int | None
     teacher_recall: float
     recall: float
@@ -52,7 +54,9 @@ def verdict(data: ReportData) -> str:
     text += f" of the teacher's mean recall on {best.on}"
     if table is not None:
         text += _cost(table)
-    if best.chosen_on == best.split:
+    if best.learned_images:
+        text += f". {learned_words(best.learned_images, 'these images', 'It')}, which flatters it"
+    elif best.chosen_on == best.split:
         text += ". Its checkpoint was chosen on these images, so this is no test result"
     return f"{text}."
 
@@ -117,6 +121,7 @@ def _students(data: ReportData) -> list[_Kept]:
             item.split,
             item.images,
             item.chosen_on,
+            item.learned_images,
             item.student_parameters,
             mean_recall(item.teacher),
             mean_recall(item.student),
@@ -133,6 +138,7 @@ def _students(data: ReportData) -> list[_Kept]:
             table.split,
             table.images,
             table.chosen_on,
+            table.learned_images,
             row.parameters,
             table.rows[0].mean_recall,
             row.mean_recall,
@@ -146,8 +152,8 @@ def _students(data: ReportData) -> list[_Kept]:
 
 
 def _best(students: list[_Kept]) -> _Kept:
-    """Return the student that keeps most, preferably on a split that its checkpoint was not chosen on."""
-    return max(students, key=lambda kept: (kept.chosen_on != kept.split, kept.share))
+    """Return the student that keeps most, preferably on images that it did not learn from and was not chosen on."""
+    return max(students, key=lambda kept: (not kept.learned_images, kept.chosen_on != kept.split, kept.share))
 
 
 def _is_of(table: StudentTable, kept: _Kept) -> bool:

@@ -29,6 +29,11 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 
+def first_student(teacher: str | None) -> str:
+    """Return the preset to try first with a teacher."""
+    return "scenes-small" if teacher == "bundled:scenes" else "vit-ti-32"
+
+
 def open_clip_models() -> list[str]:
     """Return the names of open_clip's own model configs.
 

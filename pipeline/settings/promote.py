@@ -32,6 +32,10 @@ class PromoteConfig(StageConfig):
     cache: str | None = Field(None, description="Finished cache to measure on. Default: the run's.")
     split: MeasuredSplit = None
     accept_mismatch: AcceptMismatch = ()
+    accept_learned: bool = Field(
+        False,
+        description="Compare even if the student learned from some of the images. The record says from how many.",
+    )
     image_root: ImageRoot = None
     margin: float = Field(
         3.0,

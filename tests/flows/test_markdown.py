@@ -39,6 +39,7 @@ def measured(**changes):
         "cache_manifest_digest": "a" * 64,
         "accepted_mismatches": (),
         "run": "runs/a",
+        "learned_images": 0,
         "checkpoint": "checkpoints/best-epoch-0002",
         "chosen_on": "dev",
         "teacher": {"i2t": dict(zip(CUTS, (0.0, 80.0, 90.0), strict=True)), "t2i": dict.fromkeys(CUTS, 40.0)},
@@ -57,6 +58,10 @@ def measured(**changes):
         "seconds": 1.0,
     }
     return EvaluateResult(**{**fields, **changes})
+
+
+def test_images_that_the_student_learned_from_are_counted():
+    assert "was chosen on `dev`; the student learned from 12 of them." in recall_text(measured(learned_images=12))
 
 
 def test_recall_is_a_table_with_what_was_kept_and_its_interval():

@@ -185,12 +185,13 @@ def test_a_speed_that_varies_threefold_is_not_measurable(
     assert [line.count(shown) for line in lines if line.startswith(("| student", "| ONNX"))] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_a_table_of_the_training_split_says_so(deployed: tuple[Path, DeployResult], learned: bool) -> None:
+@pytest.mark.parametrize("learned", [0, 3])
+def test_a_table_of_learned_images_says_so(deployed: tuple[Path, DeployResult], learned: int) -> None:
     table = deployed[1].table
-    assert not table.on_training_split
-    said = describe(table.model_copy(update={"on_training_split": learned}))
-    assert ("The student learned from these images, so that recall and retention say nothing" in said) == learned
+    assert table.learned_images == 0
+    said = describe(table.model_copy(update={"learned_images": learned}))
+    of = f"these {table.images} images"
+    assert (f"The student learned from 3 of {of}, so that recall and retention say little" in said) == bool(learned)
 
 
 def test_it_says_nothing_of_where_it_was_made(

@@ -250,7 +250,7 @@ def test_the_command_measures_teacher_and_student(pictures: Path, tmp_path: Path
     assert len(found["prompts"]) == 18
     assert found["cache"] == str(tmp_path / "zs")
     assert found["learned_images"] == 10  # all of them
-    assert "10 of these 10 images are images that the student learned from" in done.stderr
+    assert "the student learned from 10 of these 10 images. Measure others: another --split" in done.stderr
     done = run("zero-shot", dataset, "--prompts", "pets", cwd=tmp_path)
     assert done.returncode == 2
     assert "nothing to measure" in done.stderr

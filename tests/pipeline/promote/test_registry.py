@@ -161,8 +161,47 @@ ACCEPTED = {"accept_mismatch": ("dataset",)}
 
 def settings(home: Path, registry: Path, run: str, **more: Any) -> PromoteConfig:
     return PromoteConfig(
-        run=str(home / run), registry=str(registry), split="train", workers=0, device="cpu", **{"margin": 99.0, **more}
+        run=str(home / run),
+        registry=str(registry),
+        **{"split": "train", "accept_learned": True, "workers": 0, "device": "cpu", "margin": 99.0, **more},
     )
+
+
+def test_a_student_is_not_measured_on_what_it_learned_from(home: Path, tmp_path: Path) -> None:
+    """By content, whatever the cache and the split are called; the champion's advantage is told."""
+    other = str(home / "grown" / "photos.cache")  # its first 96 of 120 images are to learn from, among them all of a's
+    fair = {"accept_learned": False}
+    with pytest.raises(UsageError, match=r"a: the student learned from 77 of the 77 images of .*, split 'train'"):
+        promote(settings(home, tmp_path, "a", **fair))
+    with pytest.raises(UsageError, match=r"learned from 77 of the 96 images .* Measure on another --split or --cache;"):
+        promote(settings(home, tmp_path, "a", cache=other, **fair))
+    assert not StudentRegistry(str(tmp_path)).candidates()
+
+    first = promote(settings(home, tmp_path, "grown/run", cache=other, split="test", **fair)).candidate
+    assert first.learned_images == 0
+    assert list(first.learned_lines()) == []
+    promote(settings(home, tmp_path / "r", "grown/run"))
+    on = {"cache": str(home / "photos.cache"), "split": "test"}
+    second = promote(settings(home, tmp_path / "r", "a", **on, **fair)).candidate
+    assert second.comparison is not None
+    assert (second.learned_images, second.comparison.champion_learned_images) == (0, 19)
+    (said,) = second.learned_lines()
+    assert said == "champion 1 learned from 19 of these 19 images: the comparison favours it"
+
+
+def test_without_the_students_own_cache_it_is_said_not_to_be_known(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "a", tmp_path / "a")
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    record["config"]["cache"] = str(tmp_path / "moved.cache")
+    (tmp_path / "a" / "run.json").write_text(json.dumps(record))
+    other = {"cache": str(home / "grown" / "photos.cache"), "split": "test"}
+    one = promote(settings(tmp_path, tmp_path / "r", "a", accept_learned=False, **other)).candidate
+    assert one.learned_images is None
+    unknown = "whether the student learned from these 24 images is not known, since its own cache cannot be read"
+    assert list(one.learned_lines()) == [unknown]
+    # a copy of the dataset's cache tells as well
+    with pytest.raises(UsageError, match="learned from 77 of the 77 images"):
+        promote(settings(tmp_path, tmp_path / "s", "a", accept_learned=False, cache=str(home / "photos.cache")))
 
 
 def test_the_first_is_promoted_the_next_is_measured_against_it(home: Path, tmp_path: Path) -> None:
@@ -285,16 +324,20 @@ def test_a_deployed_folder_of_this_checkpoint_goes_with_it(home: Path, tiny_depl
 
 
 def test_the_commands(home: Path, tmp_path: Path) -> None:
-    flags = ("--registry", str(tmp_path / "r"), "--split", "train", "--device", "cpu")
+    flags = ("--registry", str(tmp_path / "r"), "--split", "train", "--accept-learned", "--device", "cpu")
     empty = run("students", "list", str(tmp_path / "r"), cwd=home)
     assert (empty.returncode, empty.stdout) == (0, "")
     assert "no student yet; teacher-cache promote --run RUN" in empty.stderr
+    runs = run("students", "list", ".", cwd=home)
+    assert (runs.returncode, runs.stdout) == (2, "")
+    assert re.search(r"\.: no registry of students, but a folder of training runs\. It holds [ab]\. ", runs.stderr)
+    assert "report CACHE --run RUN shows runs" in runs.stderr
     first = run("promote", "--run", "a", *flags, cwd=home)
     assert first.returncode == 0, first.stderr
-    verdict, where = first.stdout.splitlines()
+    verdict, where, learned = first.stdout.splitlines()
     assert verdict.startswith(f"student 1 of {tmp_path / 'r'}: promoted: the first")
-    images = "77 images, 154 captions, which the student learned from"
-    assert where == f"measured on {home}/photos.cache, split 'train': {images}"
+    assert where == f"measured on {home}/photos.cache, split 'train': 77 images, 154 captions"
+    assert learned == "the student learned from 77 of these 77 images"
     second = run("promote", "--run", "b", *flags, "--min-retention", "1000", "--json", cwd=home)
     assert second.returncode == 1
     assert json.loads(second.stdout)["promotion"] is None

@@ -229,10 +229,35 @@ def _no_test(data: ReportData) -> dict[str, Any]:
     return {"runs": (run.model_copy(update={"evaluations": run.evaluations[1:]}),), "deployments": ()}
 
 
+def _learned(data: ReportData) -> dict[str, Any]:
+    """The best run learned from three of the test images, the other from none."""
+    first, *others = data.runs
+    evaluations = tuple(item.model_copy(update={"learned_images": 3}) for item in first.evaluations)
+    return {"runs": (first.model_copy(update={"evaluations": evaluations}), *others), "deployments": ()}
+
+
+def _only_learned(data: ReportData) -> dict[str, Any]:
+    return {"runs": _learned(data)["runs"][:1], "deployments": ()}
+
+
+def test_a_student_that_learned_from_the_images_says_so() -> None:
+    data = report_data()
+    assert render_report(report_data(**_learned(data))).count("; the student learned from 3 of them") == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         (lambda data: {}, f"{_KEEPS}{_FASTER}."),
+        (
+            _learned,
+            f"smaller (1,952,477 parameters), the best of 2 students, keeps 75 % (71 to 79){_ON_TEST}.",
+        ),
+        (
+            _only_learned,
+            f"small (1,952,477 parameters) keeps 94 % (90 to 98){_ON_TEST}. It learned from 3 of these images, which "
+            "flatters it.",
+        ),
         (lambda data: {"deployments": ()}, f"{_KEEPS.replace('small', 'small (1,952,477 parameters)')}."),
         (lambda data: {"runs": ()}, f"small keeps 92 % (90 to 94){_ON_TEST}{_FASTER}."),
         (

@@ -257,8 +257,12 @@ def test_a_plain_table_is_trained_on_and_measured_without_a_split(
     assert train(again, resume=True).record == record
     assert done.stderr.endswith(f"next: teacher-cache evaluate --run {tmp_path}/run\n")
     shown = " ".join(run_command("evaluate", "--run", tmp_path / "run").stdout.split())  # the title wraps
-    assert "plain.cache: 12 images, 12 captions; checkpoint epoch-0002, which learned from these images" in shown
-    assert measure(tmp_path / "run", split=None).on_training_split
+    assert "plain.cache: 12 images, 12 captions; checkpoint epoch-0002; the student learned from 12 of them" in shown
+    assert measure(tmp_path / "run", split=None).learned_images == 12
+    with pytest.raises(UsageError) as refused:
+        measure(tmp_path / "run")
+    advice = "add ?holdout=10% behind the dataset to set a part aside"
+    assert str(refused.value) == f"{cache}: no split 'test'; this cache has '' (12 images): {advice}"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
