@@ -32,23 +32,40 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> None:
     with StageProgress() as progress:
         result = run(config, progress)
     print_result(result, as_json, lambda _: [_recall_table(result)])
-    if result.not_kept:
-        say(f"warning: not left in the run, so that no report of it will show it: {result.not_kept}")
-    if result.student is not None and result.images < _FEW_IMAGES:
-        every = (values[direction].values() for _, values, _ in _recall_rows(result) for direction in result.teacher)
-        gaps = ". -: not measurable on so few" if any(None in cells for cells in every) else ""
-        say(f"{counted(result.images, 'image')}: few; read the 95 % intervals{gaps}")
-    if result.distinct_captions is not None and 2 * result.distinct_captions < result.images:
-        labelled = result.dataset if str(result.dataset).startswith("imagefolder:") else "DATASET"
-        say(
-            f"{counted(result.distinct_captions, 'different caption')} for {result.images:,} images: recall and "
-            "retention say little, since no caption belongs to one image. Measure the classes: "
-            + command_line("zero-shot", str(labelled), run=result.run, teacher=None if result.run else "TEACHER")
-        )
+    for line in _remarks(result):
+        say(line)
     if result.ranks:
         say(f"{result.ranks}: the rank of each of {result.images + result.captions:,} queries")
     if not as_json:
         suggest_next(*_after(result))
+
+
+def _remarks(result: EvaluateResult) -> Iterator[str]:
+    """Yield what a reader of the table should know."""
+    if result.not_kept:
+        yield f"warning: not left in the run, so that no report of it will show it: {result.not_kept}"
+    if result.student is not None and result.images < _FEW_IMAGES:
+        every = (values[direction].values() for _, values, _ in _recall_rows(result) for direction in result.teacher)
+        gaps = ". -: not measurable on so few" if any(None in cells for cells in every) else ""
+        yield f"{counted(result.images, 'image')}: few; read the 95 % intervals{gaps}"
+    if result.distinct_captions is not None and 2 * result.distinct_captions < result.captions:
+        labelled = result.dataset if str(result.dataset).startswith("imagefolder:") else "DATASET"
+        yield (
+            f"{counted(result.distinct_captions, 'different caption')} among {result.captions:,}: recall and retention "
+            "say little, since no caption belongs to one image. Measure the classes: "
+            + command_line("zero-shot", str(labelled), run=result.run, teacher=None if result.run else "TEACHER")
+        )
+    elif result.chance is not None and (low := _near_chance(result)):
+        yield f"the {low} is hardly above chance: the retention says nothing"
+
+
+def _near_chance(result: EvaluateResult) -> str:
+    """Return the model whose mean recall is less than 1.2 times that of chance, or an empty text."""
+    from teacher_cache.pipeline.evaluate.recall import mean_recall
+
+    least = 1.2 * (mean_recall(result.chance) if result.chance else 0)
+    models = {"teacher": result.teacher, "student": result.student}
+    return next((name for name, recalls in models.items() if recalls and mean_recall(recalls) < least), "")
 
 
 def _after(result: EvaluateResult) -> tuple[str, ...]:
