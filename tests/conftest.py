@@ -282,14 +282,14 @@ TINY_MODEL: dict[str, Any] = {
 }
 
 
-def make_model_folder(path: Path, seed: int = 0, **changes: Any) -> Path:
+def make_model_folder(path: Path, seed: int = 0, preprocess: dict[str, Any] | None = None, **changes: Any) -> Path:
     """An open_clip ``local-dir:`` model with seeded random weights: a teacher that is quick and never trained."""
     import open_clip
     import torch
     from safetensors.torch import save_file
 
     config = {**TINY_MODEL, **changes}
-    preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
+    preprocess = preprocess or {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
     path.mkdir(parents=True)
     text = json.dumps({"model_cfg": config, "preprocess_cfg": {**preprocess, "resize_mode": "shortest"}})
     (path / "open_clip_config.json").write_text(text)

@@ -1,4 +1,4 @@
-"""The commands of ``student``: ``inherit``, ``mean``, ``resize``, ``pixels``, ``cost``."""
+"""The commands of ``student``: ``inherit``, ``mean``, ``resize``, ``pixels``, ``cost``, ``open-clip-train``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from teacher_cache.pipeline.cli.stopping import resumable
 from teacher_cache.pipeline.settings.evaluate import CostConfig
 from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
-from teacher_cache.pipeline.settings.train import PixelsConfig
+from teacher_cache.pipeline.settings.train import OpenClipTrainConfig, PixelsConfig
 from teacher_cache.storage.cli.app import Group, json_flag, print_result
 from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
@@ -111,7 +111,23 @@ def _cost(config: CostConfig, as_json: bool) -> None:
     print_result(result, as_json, lambda _: [cost_table(result)])
 
 
-student = Group("student", commands=[_inherit, _mean, _resize, _pixels, _cost], no_args_is_help=True)
+@settings_command(
+    "open-clip-train",
+    OpenClipTrainConfig,
+    argument="arguments",
+    example="student open-clip-train --cache a.cache -- --model RN50 --train-data a.csv",
+)
+def _open_clip_train(config: OpenClipTrainConfig) -> None:
+    """Train with open_clip's own trainer: as with its --distill-model, but the teacher's outputs come from a cache.
+
+    Its CSV or tars, loss, optimizer, logs and checkpoints stay its own. Students see the crops that the teacher saw.
+    """
+    from teacher_cache.pipeline.train.open_clip_trainer import train
+
+    train(config)
+
+
+student = Group("student", commands=[_inherit, _mean, _resize, _pixels, _cost, _open_clip_train], no_args_is_help=True)
 
 
 def _inherited_lines(result: InheritResult) -> list[str]:

@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from teacher_cache.storage.format.identity import TokenizerIdentity
+
 Clean = Literal["lower", "whitespace", "canonicalize"]
 
+_PROBE_TEXTS = ("a photo of a cat.", "Zwei Hunde, 3 cats & l'été!", "word " * 100, "\U0001f600", "")
 _WORDS = 65_536  # cached words: nearly all that captions use
 _SPECIALS = ("<start_of_text>", "<end_of_text>")
 _END_OF_WORD = "</w>"
@@ -122,6 +125,17 @@ def cleaner(clean: Clean) -> Callable[[str], str]:
         return " ".join(bare.lower().split())
 
     return {"lower": lower, "whitespace": whitespace, "canonicalize": canonicalize}[clean]
+
+
+def tokenizer_identity(tokenizer: Any, context_length: int) -> TokenizerIdentity:
+    """Return what a cache records of a tokenizer: its class, and a digest of the ids of fixed texts."""
+    from teacher_cache.storage.format.identity import TokenizerIdentity, digest_of
+
+    return TokenizerIdentity(
+        name=getattr(tokenizer, "name", type(tokenizer).__name__),
+        context_length=context_length,
+        probe_sha256=digest_of(tokenizer(list(_PROBE_TEXTS)).tolist()),
+    )
 
 
 def order_by_length(texts: pa.ChunkedArray) -> NDArray[np.int64]:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW, require_decoder
+from teacher_cache.pipeline.data.tokens import tokenizer_identity
 from teacher_cache.pipeline.models.device import resolve_device
 from teacher_cache.pipeline.models.safe_loading import (
     foreign_model,
@@ -35,12 +36,11 @@ from teacher_cache.pipeline.models.weights import digest_tensors
 from teacher_cache.pipeline.settings.base import Precision
 from teacher_cache.pipeline.settings.names import BUNDLED, check_teacher
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity, digest_of
+from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.safe_text import printable
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_PROBE_TEXTS = ("a photo of a cat.", "Zwei Hunde, 3 cats & l'été!", "word " * 100, "\U0001f600", "")
 
 
 class Encoded:
@@ -192,11 +192,7 @@ class LiveTeacher:
 
     def tokenizer_identity(self) -> TokenizerIdentity:
         """Return the tokenizer's part of a cache's identity."""
-        return TokenizerIdentity(
-            name=getattr(self.tokenizer, "name", type(self.tokenizer).__name__),
-            context_length=int(self.model.context_length),  # type: ignore[arg-type]
-            probe_sha256=digest_of(self.tokenizer(list(_PROBE_TEXTS)).tolist()),
-        )
+        return tokenizer_identity(self.tokenizer, int(self.model.context_length))  # type: ignore[arg-type]
 
 
 def load_teacher(

@@ -263,3 +263,20 @@ class PixelsConfig(StageConfig):
     views: int | None = Field(None, gt=0, description="Number of the cache's views, from the first. Default: all.")
     image_root: ImageRoot = None
     threads: int | None = Field(None, gt=0, description="Number of threads that decode. Default: one per core.")
+
+
+class OpenClipTrainConfig(StageConfig):
+    """Train with open_clip's own trainer, with a cache in the place of its ``--distill-model``."""
+
+    cache: str = Field(description="Folder or URL of a finished cache that holds every pair of --train-data.")
+    arguments: tuple[str, ...] = Field(description="Arguments of open_clip_train, behind --.")
+    views: int | None = Field(
+        None, gt=0, description="Number of the cache's views to show, from the first. Default: all, drawn at random."
+    )
+
+    @field_validator("arguments")
+    @classmethod
+    def _check_teacher(cls, arguments: tuple[str, ...]) -> tuple[str, ...]:
+        if given := [word for word in arguments if word.startswith("--distill")]:
+            raise ValueError(f"{given[0]} names a teacher, and here the cache is the teacher; leave it out")
+        return arguments

@@ -101,6 +101,12 @@ CASES = [
         2,
         "error: known.cache is a cache; a registry of students is wanted here: --registry students\n",
     ),
+    ("student open-clip-train --cache known.cache -- --model a", 1, "known.cache: 0 of 10 chunks are there"),
+    (
+        "student open-clip-train --cache known.cache -- --distill-model a",
+        2,
+        "--distill-model names a teacher, and here the cache is the teacher; leave it out",
+    ),
     (TRAIN.replace("known.cache", "r1"), 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
     (TRAIN.replace("--out o", "--out known.cache"), 2, "error: known.cache is a cache; a run is wanted here\n"),
     (f"{PRECOMPUTE} table:pairs.csv --cache r1", 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
