@@ -11,7 +11,7 @@ from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
 from teacher_cache.pipeline.settings.train import OpenClipTrainConfig, PixelsConfig
 from teacher_cache.storage.cli.app import Group, json_flag, print_result
-from teacher_cache.storage.observe.logs import say, suggest_next
+from teacher_cache.storage.observe.logs import json_logs, say, stop_logs, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 from teacher_cache.storage.observe.quantities import byte_size, counted
 
@@ -124,6 +124,8 @@ def _open_clip_train(config: OpenClipTrainConfig) -> None:
     """
     from teacher_cache.pipeline.train.open_clip_trainer import train
 
+    if not json_logs():
+        stop_logs()  # open_clip's trainer writes its own lines
     train(config)
 
 

@@ -8,6 +8,7 @@ the crops that the teacher saw and tells the model the rows of each batch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -158,8 +159,14 @@ def train(config: OpenClipTrainConfig) -> None:
     # a copy of the function with two other globals: open_clip's module stays as it is
     named = {name: getattr(replaced, name) for name in ("create_model_and_transforms", "get_data")}
     run = FunctionType(trainer.main.__code__, vars(trainer) | named)
-    if run([*config.arguments, "--distill-model", _TEACHER, "--distill-pretrained", config.cache]):
-        raise SystemExit(1)  # it has printed why
+    try:
+        if run([*config.arguments, "--distill-model", _TEACHER, "--distill-pretrained", config.cache]):
+            raise SystemExit(1)  # it has printed why
+    finally:
+        # it sets every logger to INFO, and torch's would write a dozen lines at exit, behind an error's one
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith("torch"):
+                logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _refuse(args: Any) -> None:
