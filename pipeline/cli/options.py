@@ -116,7 +116,8 @@ def check_names(config: StageConfig) -> None:
     places = _PLACES | ({"out": RUN} if isinstance(config, TrainConfig) else {})
     for name in places.keys() & named.keys():
         # a setting that has a value already is not what was meant
-        if problem := misplaced(named[name], places[name], type(config).model_fields.keys() - named.keys()):
+        free = type(config).model_fields.keys() - named.keys() | {name}
+        if problem := misplaced(named[name], places[name], free):
             raise UsageError(problem)
     check_device(named.get("device", "cpu"))
     root = named.get("image_root", "")
