@@ -29,7 +29,7 @@ from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.observe.logs import logger
 from teacher_cache.storage.read.reader import EmbeddingReader
-from teacher_cache.storage.read.row_set import RowSet
+from teacher_cache.storage.read.rows import RowSet
 
 _WAY_OUT = (
     "Precompute a cache of what is asked for, leave expect out, or accept a difference by --set accept_mismatch=FIELD, "

@@ -21,7 +21,7 @@ from teacher_cache.storage.format.layout import ARRAYS, SCALE, Tower, chunk_shap
 from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.row_rules import has_nan, is_nan
 from teacher_cache.storage.read.chunk_cache import ChunkMemory
-from teacher_cache.storage.read.row_places import RowPlaces
+from teacher_cache.storage.read.rows import RowPlaces
 
 if TYPE_CHECKING:
     from teacher_cache.storage.read.stream_chunks import MappedArray

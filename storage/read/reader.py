@@ -33,7 +33,7 @@ from teacher_cache.storage.read.caption_index import CaptionIndex
 from teacher_cache.storage.read.chunks import ChunkSource
 from teacher_cache.storage.read.content_index import ContentIndex, ContentRows
 from teacher_cache.storage.read.resident import ResidentRows, load_resident
-from teacher_cache.storage.read.row_set import RowSet
+from teacher_cache.storage.read.rows import RowSet
 from teacher_cache.storage.read.stream import Batch, Prove, stream_rows
 
 _DEFAULT_MEMORY_BYTES = 2 << 30

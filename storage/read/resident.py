@@ -19,7 +19,7 @@ from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.int8 import unit_dequantized
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.read.chunks import ChunkSource
-from teacher_cache.storage.read.row_places import RowPlaces
+from teacher_cache.storage.read.rows import RowPlaces
 from teacher_cache.storage.read.stream import loads_at_once
 
 _LEAST_AHEAD = 4  # chunks prefetched, at least

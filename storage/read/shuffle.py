@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.storage.read.chunk_cache import ByChunk
-from teacher_cache.storage.read.row_set import RowSet
+from teacher_cache.storage.read.rows import RowSet
 
 
 def epoch_rng(seed: int, epoch: int, stream: int) -> np.random.Generator:

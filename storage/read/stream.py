@@ -20,7 +20,7 @@ from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.read.chunks import ChunkSource
 from teacher_cache.storage.read.prefetch import ReadAhead
-from teacher_cache.storage.read.row_places import RowPlaces
+from teacher_cache.storage.read.rows import RowPlaces
 from teacher_cache.storage.read.stream_chunks import StreamChunks, open_chunks
 
 READ_AHEAD_BYTES = 64 << 20

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from teacher_cache.pipeline.data.images.views import Crop
 from teacher_cache.storage.errors import CacheCorruptError, UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
-from teacher_cache.storage.read.row_set import RowSet
+from teacher_cache.storage.read.rows import RowSet
 from teacher_cache.storage.read.shuffle import RowDraws, batches, window_order
 
 _CAPTION_STREAM = 2**31  # a random stream that no window of the row order uses

@@ -16,7 +16,7 @@ from teacher_cache.pipeline.data.batches.pairs import PairOrder
 from teacher_cache.pipeline.data.batches.target_dataset import TargetDataset
 from teacher_cache.pipeline.data.batches.targets import CachedTeacher
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
-from teacher_cache.storage.read.row_set import RowSet
+from teacher_cache.storage.read.rows import RowSet
 
 
 class StreamedTargets(IterableDataset[dict[str, Tensor]]):

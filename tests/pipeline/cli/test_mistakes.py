@@ -56,7 +56,7 @@ CASES = [
     ("zero-shot --dataset imagefolder:x", 2, "It stands without a flag: teacher-cache zero-shot DATASET"),
     ("students list --registry st", 2, "No such option '--registry'. It stands without a flag: "),
     ("evaluate --run r1 --image-root folders", 2, "--image-root folders: no folder there. Did you mean folder?"),
-    ("infer pears.csv --text a --student shipped", 2, "pears.csv: not there; pairs.csv is"),
+    ("infer pears.csv --text a --student shipped", 2, "pears.csv is not there; "),
     ("infer pairs.csv --text= --student shipped", 2, "--text is empty"),
     ("retrain --batch-size 3", 2, "No such option '--batch-size'. Did you mean --set train.batch_size=VALUE?"),
     # values: the message names what was typed

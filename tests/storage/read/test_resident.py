@@ -12,7 +12,7 @@ import pytest
 from teacher_cache.storage.errors import CacheCorruptError
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.resident import ResidentRows
-from teacher_cache.storage.read.row_places import RowPlaces
+from teacher_cache.storage.read.rows import RowPlaces
 from tests.storage.read.test_stream import IMAGES, fill_known_cache
 
 

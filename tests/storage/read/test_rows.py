@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_cache.storage.read.row_set import RowSet
+from teacher_cache.storage.read.rows import RowSet
 
 
 @given(
