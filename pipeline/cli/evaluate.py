@@ -93,7 +93,10 @@ def zero_shot(config: ZeroShotConfig, as_json: bool) -> None:
         say(f"left out: {line}")
     print_result(result, as_json, lambda _: [_accuracy_table(result)])
     if learned := _learned(result, f"these {counted(result.images, 'image')}"):
-        say(f"{learned}. Measure others: another --split, or ?holdout=10% behind a dataset that was cached so")
+        way_out = "Measure others: another --split, or ?holdout=10% behind a dataset that was cached so"
+        if "holdout=" in config.dataset:
+            way_out = "The same files lie among those that it learned from, under other names: delete the copies"
+        say(f"{learned}. {way_out}")
 
 
 def _recall_table(result: EvaluateResult) -> Table:

@@ -126,14 +126,8 @@ def check_names(config: StageConfig) -> None:
     for setting, value, module in _OPTIONAL:
         if str(named.get(setting)).startswith(value) and find_spec(module) is None:
             raise MissingPackageError(module, f"{setting} {named[setting]!r}")
-    if isinstance(config, ZeroShotConfig):
-        from teacher_cache.pipeline.evaluate.labelled_images import labelled_spec
-
-        labelled_spec(config)
-    elif "dataset" in named:
-        from teacher_cache.pipeline.data.datasets.spec import check_dataset
-
-        check_dataset(named["dataset"])
+    if "dataset" in named:
+        _check_dataset(config, named["dataset"])
     if "teacher" in named:
         check_teacher(named["teacher"], named.get("pretrained"))
     if "student" in named:
@@ -144,6 +138,20 @@ def check_names(config: StageConfig) -> None:
         require_place(open_files(config.cache))
     elif not isinstance(config, ZeroShotConfig | ProofConfig):
         _check_cache(config, named)
+
+
+def _check_dataset(config: StageConfig, dataset: str) -> None:
+    if isinstance(config, ZeroShotConfig):
+        from teacher_cache.pipeline.evaluate.labelled_images import labelled_spec
+        from teacher_cache.pipeline.models.run_folder import RunFolder
+
+        labelled_spec(config)
+        if config.run is not None:
+            RunFolder(config.run).read()
+    else:
+        from teacher_cache.pipeline.data.datasets.spec import check_dataset
+
+        check_dataset(dataset)
 
 
 def _check_cache(config: StageConfig, named: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,10 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
     if not resume:
         _say_what_the_recipe_leaves(settings.explicit())
     config = _resumed(settings) if resume else settings.load()
+    if not resume and os.environ.get("RANK", "0") == "0":  # another rank may find what rank 0 has begun
+        from teacher_cache.pipeline.models.run_folder import RunFolder
+
+        RunFolder(config.out).require_free()
 
     def state() -> str:
         return _saved_steps(config.out)

@@ -254,6 +254,11 @@ class _StoreFiles(FsspecStore):
     def _construct_store(self, bucket: str) -> Any:
         return open_store(f"{self.protocol}://{bucket}")
 
+    def _open(self, path: str, *arguments: Any, **settings: Any) -> Any:
+        # opened here first: obstore's file prints a traceback when it is dropped without its store
+        self._construct_store(self._split_path(path)[0])
+        return super()._open(path, *arguments, **settings)
+
 
 class S3Files(_StoreFiles):
     """``s3://`` for fsspec."""

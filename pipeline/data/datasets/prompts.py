@@ -242,6 +242,8 @@ def _numbers(
         return {key: published.index(key) for key in own}, "place"
     if all(_by_number(key, name, plain) for key, name in own.items()):
         return _positions_by_number(where, own, len(names)), "number"
+    if len(names) < len(own):
+        raise UsageError(f"{where}: {len(names)} names for {len(own)} classes, {_some(list(own))}. {_remedy(own)}")
     unmatched = [key for key in own if key not in by_name]
     taken = set(by_name.values())
     unused = [name for number, name in enumerate(names) if number not in taken]

@@ -20,7 +20,7 @@ from teacher_cache.pipeline.data.datasets.files import (
     require_there,
 )
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.files.places import SPREADSHEET, kind_of
+from teacher_cache.storage.files.places import SPREADSHEET, described, kind_of
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.safe_text import NOT_TEXT, printable, redact
 
@@ -122,6 +122,8 @@ def _guessed_kind(path: str) -> str:
         UsageError: none follows, or nothing is there.
     """
     shown = printable(path)
+    if Path(_at_home(path)).is_dir() and (place := described(_at_home(path))):
+        raise UsageError(f"{printable(place)}; name the pictures, as KIND:PATH")
     try:
         kind = _kind_of_name(path) or _kind_of_folder(require_there(_at_home(path)))
     except (OSError, ValueError) as error:  # UsageError is a ValueError

@@ -56,6 +56,8 @@ CASES = [
     ("zero-shot --dataset imagefolder:x", 2, "It stands without a flag: teacher-cache zero-shot DATASET"),
     ("students list --registry st", 2, "No such option '--registry'. It stands without a flag: "),
     ("evaluate --run r1 --image-root folders", 2, "--image-root folders: no folder there. Did you mean folder?"),
+    (f"{PRECOMPUTE} known.cache", 2, "known.cache is a cache; name the pictures, as KIND:PATH"),
+    ("zero-shot imagefolder:classes --run r7", 2, "r7: no run here (run.json not found)."),
     ("infer pears.csv --text a --student shipped", 2, "pears.csv is not there; "),
     ("infer pairs.csv --text= --student shipped", 2, "--text is empty"),
     ("retrain --batch-size 3", 2, "No such option '--batch-size'. Did you mean --set train.batch_size=VALUE?"),
@@ -141,6 +143,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "shipped/deploy.json").write_text('{"run": "r1"}')
     (here / "checkpoint/open_clip_config.json").write_text("{}")
     (here / "folder/x").write_text("")
+    for name in ("cat", "dog"):
+        (here / "classes" / name).mkdir(parents=True)
+        (here / "classes" / name / "a.jpg").write_bytes(b"")
     for name in ("images.tar", "book.xlsx"):
         (here / name).write_bytes(bytes(1024))
     (here / "pairs.csv").write_text("path,caption\na.jpg,b\n")

@@ -41,7 +41,7 @@ from teacher_cache.pipeline.data.datasets.files import (
     split_in_name,
 )
 from teacher_cache.pipeline.data.datasets.records import Problem, ProblemKind, Record, sample_or_problem
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import CacheAccessError, UsageError
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.quantities import counted
@@ -243,7 +243,7 @@ def _read_tar(tar: str, uri: str, members: dict[str, _Member], texts: _Texts) ->
     except FileNotFoundError as error:
         yield Problem("broken-file", uri, f"{tar} does not exist{_reason_behind(error)}", lost_image=False)
     except Exception as error:  # fsspec and tarfile raise many types
-        if is_transient(error) or isinstance(error, UsageError):
+        if is_transient(error) or isinstance(error, UsageError | CacheAccessError):
             raise
         images = sum(member.offset >= 0 for member in members.values())
         reason = str(error) or type(error).__name__
