@@ -132,6 +132,10 @@ def check_names(config: StageConfig) -> None:
         check_teacher(named["teacher"], named.get("pretrained"))
     if "student" in named:
         check_student(named["student"])
+    if isinstance(config, TrainConfig) and config.init is not None:
+        from teacher_cache.pipeline.models.run_record import require_checkpoint
+
+        require_checkpoint(Path(config.init))
     if isinstance(config, PrecomputeConfig):
         from teacher_cache.storage.write.plan import require_place
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from teacher_cache.storage.errors import CacheError, CacheNotFoundError, CacheUnreachableError
 from teacher_cache.storage.observe.logs import say
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -16,7 +19,7 @@ def resumable(state: Callable[[], str], errors: bool = True) -> Iterator[None]:
 
     Args:
         state: returns what is saved and how to continue. Called only after an interruption.
-        errors: also handle errors of files and disks.
+        errors: also handle other errors of files than a full disk.
     """
     try:
         yield
@@ -27,7 +30,7 @@ def resumable(state: Callable[[], str], errors: bool = True) -> Iterator[None]:
         say(f"error: {str(error).rstrip('.')}. What is committed stays.")
         sys.exit(1)
     except OSError as error:  # a full disk, a missing permission, a missing share
-        if not errors:
+        if not errors and error.errno not in _FULL:
             raise
         say(f"error: {str(error).rstrip('.')}. {state()}")
         sys.exit(1)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.pipeline.settings.train import TrainConfig
+from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity
 
 _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
@@ -136,6 +137,19 @@ def other_settings(config: TrainConfig, recorded: TrainConfig) -> dict[str, tupl
     """Return the settings that differ from a run's but must not, as (set, recorded)."""
     new, old = config.model_dump(mode="json"), recorded.model_dump(mode="json")
     return {name: (new[name], old[name]) for name in old if name not in _MAY_DIFFER and new[name] != old[name]}
+
+
+def require_checkpoint(folder: Path) -> None:
+    """Check that a folder has the files of a student's checkpoint.
+
+    Raises:
+        UsageError: it has not. The message names the newest checkpoint if the folder is a run.
+    """
+    if not (folder / CHECKPOINT_CONFIG).is_file() or not (folder / CHECKPOINT_WEIGHTS).is_file():
+        newest = max(folder.glob("checkpoints/epoch-*"), default=None)
+        hint = f"; {folder} is a run: write {newest}" if newest else ""
+        wanted = f"{CHECKPOINT_CONFIG} and {CHECKPOINT_WEIGHTS} wanted"
+        raise UsageError(f"{folder}: no student checkpoint here ({wanted}){hint}")
 
 
 def checkpoint_image_size(checkpoint: Path) -> tuple[int, int]:

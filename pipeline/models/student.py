@@ -23,7 +23,7 @@ from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.models.factorized import RANK_KEY, dense_state, factorize, factors_of
 from teacher_cache.pipeline.models.locked_layers import lock_image_layers
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, RunRecord
+from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, RunRecord, require_checkpoint
 from teacher_cache.pipeline.models.safe_loading import foreign_model, load_tokenizer, quiet_root, require_plain_settings
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_by_length, encode_text, shorten
 from teacher_cache.pipeline.models.weights import write_weights
@@ -288,11 +288,7 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
             disagree with the embedding among the weights.
         OSError: it cannot be read.
     """
-    if not (folder / CHECKPOINT_CONFIG).is_file() or not (folder / CHECKPOINT_WEIGHTS).is_file():
-        newest = max(folder.glob("checkpoints/epoch-*"), default=None)
-        hint = f"; {folder} is a run: write {newest}" if newest else ""
-        wanted = f"{CHECKPOINT_CONFIG} and {CHECKPOINT_WEIGHTS} wanted"
-        raise UsageError(f"{folder}: no student checkpoint here ({wanted}){hint}")
+    require_checkpoint(folder)
     for name in (CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS):
         with (folder / name).open("rb"):  # raise PermissionError: open_clip would say that the file is missing
             pass

@@ -102,6 +102,17 @@ class Option(click.Option):
         return {"required": extra["required"]} if "required" in extra else {}
 
 
+def _in_another_group(ctx: click.Context, name: str) -> str:
+    """Return ``It is teacher-cache student mean.`` for a command of a group beside this one, or an empty text."""
+    root = ctx.find_root()
+    assert isinstance(root.command, click.Group)
+    for group in root.command.list_commands(root):
+        command = root.command.get_command(root, group)
+        if isinstance(command, click.Group) and name in command.list_commands(root):
+            return f"It is teacher-cache {group} {name}."
+    return ""
+
+
 class Group(click.Group):
     """Commands in panels, imported on demand."""
 
@@ -152,8 +163,8 @@ class Group(click.Group):
         name = args[0]
         if not name.startswith("-") and not ctx.resilient_parsing and self.get_command(ctx, name) is None:
             similar = get_close_matches(name, self.list_commands(ctx), n=1)
-            hint = f" Did you mean {similar[0]!r}?" if similar else " teacher-cache --help lists all."
-            raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
+            hint = f"Did you mean {similar[0]!r}?" if similar else _in_another_group(ctx, name)
+            raise click.UsageError(f"No such command {name!r}. {hint or 'teacher-cache --help lists all.'}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -58,6 +58,7 @@ CASES = [
     ("evaluate --run r1 --image-root folders", 2, "--image-root folders: no folder there. Did you mean folder?"),
     (f"{PRECOMPUTE} known.cache", 2, "known.cache is a cache; name the pictures, as KIND:PATH"),
     ("zero-shot imagefolder:classes --run r7", 2, "r7: no run here (run.json not found)."),
+    (f"{TRAIN} --init r1", 2, "r1: no student checkpoint here (open_clip_config.json and open_clip_model.safetensors"),
     ("infer pears.csv --text a --student shipped", 2, "pears.csv is not there; "),
     ("infer pairs.csv --text= --student shipped", 2, "--text is empty"),
     ("retrain --batch-size 3", 2, "No such option '--batch-size'. Did you mean --set train.batch_size=VALUE?"),
