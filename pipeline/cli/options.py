@@ -181,6 +181,8 @@ def _check_cache(config: StageConfig, named: dict[str, Any]) -> None:
     if "select_split" in named:
         manifest.require_split(named["select_split"], cache)
     require_sealed(files, manifest)
+    if isinstance(config, TrainConfig):
+        config.fitted(manifest.identity.dataset.splits, manifest.identity.dataset.splits.__getitem__)
 
 
 class _SettingsCommand(Command):

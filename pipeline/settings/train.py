@@ -22,6 +22,7 @@ from teacher_cache.pipeline.settings.base import (
 from teacher_cache.pipeline.settings.recipes import DEFAULT, IMAGE_LOSSES, LOSS_NAMES, RECIPE_SETTINGS, RECIPES
 from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.quantities import counted
 
 _FOR_IMAGES = " and ".join(IMAGE_LOSSES)
 
@@ -169,7 +170,7 @@ class TrainConfig(StageConfig):
         batch_size = min(self.batch_size, images - images % self.devices)
         if batch_size < 2:
             raise UsageError(
-                f"{self.cache}: split {split!r} has {images} of the {max(2, self.devices)} images that one batch needs"
+                f"{self.cache}: split {split!r} has {counted(images, 'image')}; training needs {max(2, self.devices)}"
             )
         if (split, batch_size) == (self.split, self.batch_size):
             return self

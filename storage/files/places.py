@@ -70,8 +70,12 @@ def similar_names(location: str, wanted: str = "") -> str:
     if "://" in location or not path.parent.is_dir() or (path.exists() and not wanted):
         return ""
     if path.is_dir():
-        inside = (path / name for name in _names(path))
-        return next((f" It holds {place}." for place in inside if kind_of(str(place)) == wanted), "")
+        hints = {str(path / name): f" It holds {path / name}." for name in _names(path)}
+        for name in _names(path.parent):
+            if name.startswith(f"{path.name}."):  # photos.cache beside photos
+                other = str(Path(location).with_name(name))
+                hints[other] = f" Did you mean {other}?"
+        return next((hint for place, hint in hints.items() if kind_of(place) == wanted), "")
     name = similar_name(path)
     similar = str(Path(location).with_name(name)) if name else ""
     return f" Did you mean {similar}?" if similar and wanted in ("", kind_of(similar)) else ""

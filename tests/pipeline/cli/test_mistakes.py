@@ -59,6 +59,8 @@ CASES = [
     (f"{PRECOMPUTE} known.cache", 2, "known.cache is a cache; name the pictures, as KIND:PATH"),
     ("zero-shot imagefolder:classes --run r7", 2, "r7: no run here (run.json not found)."),
     (f"{TRAIN} --init r1", 2, "r1: no student checkpoint here (open_clip_config.json and open_clip_model.safetensors"),
+    ("info classes", 2, "classes: no cache here (manifest.json not found). Did you mean classes.cache?"),
+    ("look known.cache --image x", 2, "No such option '--image'. It stands without a flag: "),
     ("infer pears.csv --text a --student shipped", 2, "pears.csv is not there; "),
     ("infer pairs.csv --text= --student shipped", 2, "--text is empty"),
     ("retrain --batch-size 3", 2, "No such option '--batch-size'. Did you mean --set train.batch_size=VALUE?"),
@@ -138,6 +140,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a cache, a run, a checkpoint, a deployed student, a table and a strange folder."""
     here = tmp_path_factory.mktemp("places")
     plan_known_cache(here / "known.cache")
+    plan_known_cache(here / "classes.cache")
     for name in ("r1", "checkpoint", "shipped", "folder"):
         (here / name).mkdir()
     (here / "r1/run.json").write_text(json.dumps({"config": {"cache": str(here / "known.cache")}}))
