@@ -249,7 +249,8 @@ def test_a_plain_table_is_trained_on_and_measured_without_a_split(
     flags = ("--cache", cache, "--student", student_file, "--out", tmp_path / "run", "--epochs", 2, "--device", "cpu")
     done = run_command("train", *flags, "--set", "workers=0")
     assert done.returncode == 0, done.stderr
-    assert f"warning: {cache}: there is no split 'train'; the student learns from all its images\n" in done.stderr
+    whole = "there is no split 'train'; the student learns from all its images. To measure on others, precompute with"
+    assert f"warning: {cache}: {whole} ?holdout=10%" in done.stderr
     assert f"warning: {cache}: fewer images than a batch of 256: batches of 12\n" in done.stderr
     record = RunFolder(tmp_path / "run").read()
     assert (record.config.split, record.config.batch_size, record.steps) == ("", 12, 2)
