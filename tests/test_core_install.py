@@ -85,7 +85,7 @@ _MAKE = "--dataset scenes:x --teacher bundled:scenes"
         ("student pixels --cache {golden} --student scenes-small --out {tmp}/p", "train"),
         (f"retrain {_MAKE} --home {{tmp}}/h --student scenes-small", "train"),
         ("demo --out {tmp}/d", "train"),
-        ("infer x.jpg --text a --student {tmp}", "train"),
+        ("infer {golden}/manifest.json --text a --student {tmp}", "train"),
         ("report {golden} --out {tmp}/r.html", "report"),
     ],
 )
