@@ -49,13 +49,13 @@ def _remarks(result: EvaluateResult) -> Iterator[str]:
         gaps = ". -: not measurable on so few" if any(None in cells for cells in every) else ""
         yield f"{counted(result.images, 'image')}: few; read the 95 % intervals{gaps}"
     if result.distinct_captions is not None and 2 * result.distinct_captions < result.captions:
-        labelled = result.dataset if str(result.dataset).startswith("imagefolder:") else "DATASET"
+        labelled = result.dataset if result.dataset and result.dataset.startswith("imagefolder:") else "DATASET"
         yield (
             f"{counted(result.distinct_captions, 'different caption')} among {result.captions:,}: recall and retention "
             "say little, since no caption belongs to one image. Measure the classes: "
-            + command_line("zero-shot", str(labelled), run=result.run, teacher=None if result.run else "TEACHER")
+            + command_line("zero-shot", labelled, run=result.run, teacher=None if result.run else "TEACHER")
         )
-    elif result.chance is not None and (low := _near_chance(result)):
+    elif low := _near_chance(result):
         yield f"the {low} is hardly above chance: the retention says nothing"
 
 

@@ -140,18 +140,15 @@ def check_names(config: StageConfig) -> None:
         from teacher_cache.storage.write.plan import require_place
 
         require_place(open_files(config.cache))
-    elif not isinstance(config, ZeroShotConfig | ProofConfig):
+    elif not isinstance(config, ProofConfig):
         _check_cache(config, named)
 
 
 def _check_dataset(config: StageConfig, dataset: str) -> None:
     if isinstance(config, ZeroShotConfig):
         from teacher_cache.pipeline.evaluate.labelled_images import labelled_spec
-        from teacher_cache.pipeline.models.run_folder import RunFolder
 
         labelled_spec(config)
-        if config.run is not None:
-            RunFolder(config.run).read()
     else:
         from teacher_cache.pipeline.data.datasets.spec import check_dataset
 
@@ -167,7 +164,7 @@ def _check_cache(config: StageConfig, named: dict[str, Any]) -> None:
     if "run" in named:
         record = RunFolder(named["run"]).read()
         cache = cache or record.config.cache
-    if cache is None:
+    if cache is None or isinstance(config, ZeroShotConfig):  # which may make its cache
         return
     files = open_files(cache)
     try:

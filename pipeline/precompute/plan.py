@@ -265,14 +265,14 @@ def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progres
     spec = DatasetSpec.parse(settings.config.dataset)
     dataset, digests = load_samples(spec, checked)
     if settings.have is None:
-        _require_few_problems(settings.config, dataset)
+        _require_few_problems(settings.config, spec, dataset)
         if spec.kind != "labelled" and not any(sample.split for sample in dataset.samples):
             say("nothing is held out to measure on: ?holdout=10% behind the dataset sets a part aside")
     tables = dataset_tables(dataset, digests)
     return PlannedDataset(settings, spec, dataset, tables, settings.identity(teacher, dataset_identity(spec, tables)))
 
 
-def _require_few_problems(config: PrecomputeConfig, dataset: SampleSet) -> None:
+def _require_few_problems(config: PrecomputeConfig, spec: DatasetSpec, dataset: SampleSet) -> None:
     broken = [problem for problem in dataset.problems if problem.kind == "broken-file"]
     if broken and config.max_problems is None:
         raise CacheError(
@@ -280,7 +280,7 @@ def _require_few_problems(config: PrecomputeConfig, dataset: SampleSet) -> None:
             f"{'; '.join(map(str, broken[:_PROBLEMS_NAMED]))}. Nothing was written. Mend them, or name a dataset "
             "without them; --max-problems 10% caches what can be read"
         )
-    asked = dict(DatasetSpec.parse(config.dataset).options).get("uncaptioned") == "drop"
+    asked = dict(spec.options).get("uncaptioned") == "drop"
     lost = [one for one in dataset.problems if one.lost_image and not (asked and one.kind == "no-caption")]
     images = len(dataset.samples) + len(lost)
     if len(lost) <= (allowed := config.allowed_problems(images)):

@@ -15,6 +15,8 @@ from typing import IO, Any, BinaryIO
 
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import similar_name
+from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.observe.safe_text import NOT_TEXT, printable
 
 # torchvision's ImageFolder endings, and the other decodable ones (``teacher_cache.pipeline.data.images.decode``)
@@ -251,6 +253,12 @@ def contents(folder: Path, most: int = 12) -> str:
 def open_text(path: Path, encoding: str = "utf-8") -> io.TextIOWrapper:
     """Open a text file. Invalid bytes become lone surrogates, which ``clean_captions`` repairs."""
     return as_text(open_regular(path), encoding)
+
+
+def say_several_lines(root: str, texts: int) -> None:
+    """Say how many texts of several lines were read as one caption each, if any."""
+    if texts:
+        say(f"{root}: {counted(texts, 'text')} of several lines, read as one caption each; ?txt=lines splits them")
 
 
 def as_text(file: IO[bytes], encoding: str = "utf-8") -> io.TextIOWrapper:

@@ -59,16 +59,18 @@ def read(root: str, *, templates: str = "photo", classes: str = "", split: str =
 def check(root: str, *, templates: str = "photo", classes: str = "", split: str = "") -> None:
     """Check what :func:`read` checks before it reads the folders of the classes, and say which they are."""
     read_templates(templates)
-    _say_classes(root, tuple(_class_names(root, class_folders(root), classes).values()))
+    folders = _folders_of_classes(root)
+    names = _class_names(root, sorted({folder.name for folder in folders}), classes)
+    _say_classes(root, tuple(names.values()), tuple(folders))
 
 
 @lru_cache(maxsize=1)
-def _say_classes(root: str, names: tuple[str, ...]) -> None:
+def _say_classes(root: str, names: tuple[str, ...], folders: tuple[Path, ...]) -> None:
     """Say once which classes a folder has, and which of them look like folders of classes."""
     say(f"{root}: the classes are {printable(_listed(names))}")
-    for _, folder in _class_folders(local_folder("imagefolder", root))[0]:
-        inner, files = entries_in(folder)
-        if inner and not any(map(is_image, files)):
+    for folder in folders:
+        # a class has a picture among its first files: few are looked at
+        if not any(map(is_image, folder.iterdir())) and (inner := entries_in(folder)[0]):
             below = printable(_listed([path.name for path in inner]))
             say(f"{folder}: its pictures lie in {below}, which count as one class. Are those the classes?")
 
@@ -83,12 +85,16 @@ def class_folders(root: str) -> list[str]:
     Raises:
         UsageError: there are none.
     """
+    return sorted({folder.name for folder in _folders_of_classes(root)})
+
+
+def _folders_of_classes(root: str) -> list[Path]:
     folder = local_folder("imagefolder", root)
     folders = _class_folders(folder)[0]
     if not folders:
         loose = f"; for pictures without classes write images:{root}" if any(map(is_image, folder.iterdir())) else ""
         raise UsageError(f"{root}: no <class>/*.jpg and no <split>/<class>/*.jpg; found {contents(folder)}{loose}")
-    return sorted({path.name for _, path in folders})
+    return [path for _, path in folders]
 
 
 def read_classes(root: str) -> Iterator[tuple[Record, str, str]]:

@@ -22,11 +22,10 @@ from teacher_cache.pipeline.data.datasets.files import (
     local_folder,
     open_text,
     require_utf8,
+    say_several_lines,
 )
 from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.observe.logs import say
-from teacher_cache.storage.observe.quantities import counted
 
 
 def read(root: str, *, txt: str = "whole", encoding: str = "") -> Iterator[Record]:
@@ -61,8 +60,7 @@ def read(root: str, *, txt: str = "whole", encoding: str = "") -> Iterator[Recor
         split = relative.parts[0].casefold() if len(relative.parts) > 1 else ""
         name = relative.as_posix()
         yield from sample_or_problem(name, name, split if split in SPLIT_NAMES else "", captions)
-    if glued:
-        say(f"{root}: {counted(glued, 'text')} of several lines, read as one caption each; ?txt=lines splits them")
+    say_several_lines(root, glued)
     for path in others:
         if path not in texts:
             detail = f"no image by its ending, nor the caption of one; images are {', '.join(IMAGE_ENDINGS)}"

@@ -38,12 +38,12 @@ from teacher_cache.pipeline.data.datasets.files import (
     open_regular,
     require_there,
     require_utf8,
+    say_several_lines,
     split_in_name,
 )
 from teacher_cache.pipeline.data.datasets.records import Problem, ProblemKind, Record, sample_or_problem
 from teacher_cache.storage.errors import CacheAccessError, UsageError
 from teacher_cache.storage.files.transient import is_transient
-from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.observe.safe_text import printable
 
@@ -133,17 +133,15 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key", en
             others = f" and {', '.join(member.others)}, which is not read" if member.others else ""
             detail = f"{uri}: there is no image beside {', '.join(member.texts)}{others}"
             yield Problem("no-image", sample_id, detail, lost_image=False)
-    if glued:
-        say(f"{root}: {counted(glued, 'text')} of several lines, read as one caption each; ?txt=lines splits them")
+    say_several_lines(root, glued)
 
 
 def check(root: str, *, txt: str = "whole", ids: str = "key", encoding: str = "", split: str = "") -> None:
     """Check the options, and that a local folder or pattern has a tar."""
     _check_options(txt, ids)
     tars = [] if "://" in root else _tars(root)
-    if not any(Path(tar).exists() for tar in tars):
-        for tar in tars[:1]:
-            require_there(tar)
+    if tars and not any(Path(tar).exists() for tar in tars):
+        require_there(tars[0])
 
 
 def _check_options(txt: str, ids: str) -> None:
