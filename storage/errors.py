@@ -67,6 +67,7 @@ _EXTRAS = {
     "deploy": "onnx onnxruntime onnxscript tokenizers ftfy matplotlib",
     "report": "altair vl_convert sklearn jinja2 markupsafe",
     "fastjpeg": "simplejpeg",
+    "transformers": "transformers sentencepiece",
     "open-clip": "open_clip_train webdataset braceexpand pandas",
 }
 

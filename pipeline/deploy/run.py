@@ -39,6 +39,7 @@ from teacher_cache.pipeline.models.student import Student, load_student, student
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
+from teacher_cache.pipeline.settings.names import without_path
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
 
@@ -111,10 +112,11 @@ def _teacher(config: DeployConfig, split: EvaluationSplit) -> tuple[LiveTeacher,
     identity = split.reader.manifest.identity
     recorded = identity.teacher
     name = config.teacher or recorded.name
-    if config.teacher is None and name.startswith("local-dir:") and not Path(name.removeprefix("local-dir:")).is_dir():
+    schema, _, path = name.partition(":")
+    if config.teacher is None and without_path(name) and not Path(path).is_dir():
         raise UsageError(
             f"the table has the teacher beside its student, and {name} is not below {Path.cwd()}: say where it is by "
-            "--teacher local-dir:PATH"
+            f"--teacher {schema}:PATH"
         )
     pretrained = config.pretrained or (None if config.teacher else recorded.pretrained)
     teacher = load_teacher(name, pretrained, device="cpu", decoder=identity.preprocess.decoder)

@@ -1,4 +1,4 @@
-"""Frozen teachers: any open_clip model, its identity, and encoding with it."""
+"""Frozen teachers: any model of open_clip, or a CLIP or SigLIP of transformers; its identity, and encoding with it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ from teacher_cache.pipeline.models.safe_loading import (
     require_plain_settings,
 )
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_text, shorten
+from teacher_cache.pipeline.models.transformers_teacher import load_transformers
 from teacher_cache.pipeline.models.weights import digest_tensors
 from teacher_cache.pipeline.settings.base import Precision
-from teacher_cache.pipeline.settings.names import BUNDLED, check_teacher
+from teacher_cache.pipeline.settings.names import BUNDLED, TRANSFORMERS, check_teacher, teacher_folder
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity
 from teacher_cache.storage.observe.logs import say
@@ -83,7 +84,7 @@ class Encoded:
 
 
 class LiveTeacher:
-    """open_clip model in evaluation mode with its own preprocessing and tokenizer."""
+    """Model with open_clip's methods in evaluation mode, with its own preprocessing and tokenizer."""
 
     def __init__(
         self,
@@ -94,13 +95,13 @@ class LiveTeacher:
         architecture: dict[str, Any],
         device: torch.device,
         precision: Precision,
-        decoder: str | None = None,
+        preprocess: Preprocess,
     ) -> None:
         self.name = name
         self.pretrained = pretrained
         self.device = device
         self.precision = precision
-        self.preprocess = Preprocess.of_model(model).decoded_by(decoder)
+        self.preprocess = preprocess
         self.tokenizer = tokenizer
         self.architecture = architecture
         self.weights_sha256 = digest_tensors(model.state_dict())
@@ -202,10 +203,11 @@ def load_teacher(
     precision: Precision = "fp32",
     decoder: str | None = None,
 ) -> LiveTeacher:
-    """Build an open_clip model with its trained weights.
+    """Build a model with its trained weights.
 
     Args:
-        name: a built-in name with ``pretrained``, ``hf-hub:ORG/REPO``, ``local-dir:PATH`` or ``bundled:scenes``.
+        name: a built-in name of open_clip with ``pretrained``, ``hf-hub:ORG/REPO``, ``local-dir:PATH``,
+            ``bundled:scenes``, or ``transformers:`` and a folder or ORG/REPO.
         pretrained: open_clip's tag or a weights file; for a built-in name only.
         decoder: image decoder, by its name in a cache's identity. Default: Pillow.
 
@@ -219,41 +221,51 @@ def load_teacher(
     require_decoder(decoder or PILLOW)  # before the weights are read
     what = f"teacher {printable(name)!r}"
     check_teacher(name, pretrained, open_clip.list_models, open_clip.list_pretrained_tags_by_model)
+    local = teacher_folder(name) is not None or Path(pretrained or "").is_file()
+    hub = contextlib.nullcontext() if local else hub_within_reach(what)
+    if name.startswith(TRANSFORMERS):
+        with hub, foreign_model(what):
+            model, tokenizer, preprocess, architecture = load_transformers(name.removeprefix(TRANSFORMERS), what)
+    else:
+        with hub, foreign_model(what), quiet_root(logging.CRITICAL), warnings.catch_warnings():
+            model, tokenizer, architecture = _load_open_clip(name, pretrained, what)
+        preprocess = Preprocess.of_model(model)
+    preprocess = preprocess.decoded_by(decoder)
+    return LiveTeacher(recorded_name(name), pretrained, model, tokenizer, architecture, where, precision, preprocess)
+
+
+def _load_open_clip(name: str, pretrained: str | None, what: str) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
+    """Return model, tokenizer and config."""
     path, schema = BUNDLED.get(name), name.partition(":")[0] if ":" in name else ""
     source = f"local-dir:{path}" if path else name
-    local = schema in ("local-dir", "bundled") or Path(pretrained or "").is_file()
-    hub = contextlib.nullcontext() if local else hub_within_reach(what)
-    with hub, foreign_model(what), quiet_root(logging.CRITICAL), warnings.catch_warnings():
-        quick_gelu = not schema and get_pretrained_cfg(name.replace("/", "-"), pretrained).get("quick_gelu", False)
-        architecture = open_clip.get_model_config(source if schema else source.replace("/", "-"))
-        require_plain_settings(architecture, what)
-        if source.startswith("local-dir:"):
-            require_plain_files(Path(source.removeprefix("local-dir:")), what)
-        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # torch refuses the file afterwards
-        # open_clip only warns when the weights were trained with another activation
-        warnings.filterwarnings("error", message="QuickGELU mismatch")
-        model = open_clip.create_model(
-            source,
-            pretrained=pretrained,
-            force_quick_gelu=bool(quick_gelu),
-            require_pretrained=True,
-            weights_only=True,
-            # without this, open_clip would fill missing weights from the towers' own
-            pretrained_image=False,
-            pretrained_text=False,
-        )
-        tokenizer = load_tokenizer(source, architecture or {}, getattr(model, "context_length", None))
+    quick_gelu = not schema and get_pretrained_cfg(name.replace("/", "-"), pretrained).get("quick_gelu", False)
+    architecture = open_clip.get_model_config(source if schema else source.replace("/", "-"))
+    require_plain_settings(architecture, what)
+    if source.startswith("local-dir:"):
+        require_plain_files(Path(source.removeprefix("local-dir:")), what)
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")  # torch refuses the file afterwards
+    # open_clip only warns when the weights were trained with another activation
+    warnings.filterwarnings("error", message="QuickGELU mismatch")
+    model = open_clip.create_model(
+        source,
+        pretrained=pretrained,
+        force_quick_gelu=bool(quick_gelu),
+        require_pretrained=True,
+        weights_only=True,
+        # without this, open_clip would fill missing weights from the towers' own
+        pretrained_image=False,
+        pretrained_text=False,
+    )
+    tokenizer = load_tokenizer(source, architecture or {}, getattr(model, "context_length", None))
     if not architecture:
         raise UsageError(f"{what}: open_clip built it, but gives no model config to record")
-    if quick_gelu:
-        architecture = {**architecture, "quick_gelu": True}
-    return LiveTeacher(recorded_name(name), pretrained, model, tokenizer, architecture, where, precision, decoder)
+    return model, tokenizer, {**architecture, "quick_gelu": True} if quick_gelu else architecture
 
 
 def recorded_name(name: str) -> str:
-    """Return the name that a cache records: for a local folder without its path."""
-    local = name.removeprefix("local-dir:")
-    return name if local == name else f"local-dir:{Path(local).name}"
+    """Return the name that a cache records: for a folder without its path."""
+    folder, (schema, _, _) = teacher_folder(name), name.partition(":")
+    return name if folder is None or name in BUNDLED else f"{schema}:{folder.name}"
 
 
 @lru_cache(maxsize=1)
@@ -267,12 +279,12 @@ def cached_teacher(
 def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> bool:
     """Return whether a teacher is known to be the cache's without building it.
 
-    A model folder is compared by weights and config; a built-in name with its tag, or a model of a hub, by name. False
-    means unknown: then :meth:`LiveTeacher.require` decides. Precision is ignored: loading chooses it.
+    A folder of an open_clip model is compared by weights and config; a built-in name with its tag, or a model of a hub,
+    by name. False means unknown: then :meth:`LiveTeacher.require` decides. Precision is ignored: loading chooses it.
     """
     teacher, preprocess = identity.teacher, identity.preprocess
-    path = BUNDLED.get(name) or (Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None)
-    if pretrained and Path(pretrained).exists():
+    path = teacher_folder(name)
+    if (pretrained and Path(pretrained).exists()) or (path is not None and name.startswith(TRANSFORMERS)):
         return False
     if path is None:
         return (teacher.name, teacher.pretrained) == (name, pretrained)
@@ -304,5 +316,6 @@ def _mark(device: torch.device) -> torch.cuda.Event | None:
 def _activations(model: torch.nn.Module) -> str:
     """Return the names of the model's activation modules, for example ``GELU`` or ``QuickGELU``."""
     kinds = {type(module).__name__ for module in model.modules()}
-    names = sorted(name for name in kinds if name.endswith(("GELU", "ReLU", "ReLU6", "SiLU", "Swish")))
+    ends = ("GELU", "ReLU", "ReLU6", "SiLU", "Swish", "GELUActivation", "GELUTanh")
+    names = sorted(name for name in kinds if name.endswith(ends))
     return "+".join(names) or "none"

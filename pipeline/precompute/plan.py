@@ -17,9 +17,10 @@ from PIL import __version__ as pillow_version
 from teacher_cache.pipeline.data.datasets.records import SampleSet
 from teacher_cache.pipeline.data.datasets.samples import load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
-from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED, PILLOW
+from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED
 from teacher_cache.pipeline.models.teacher import LiveTeacher
 from teacher_cache.pipeline.precompute.reuse import cached_rows, count_known, dataset_changes, require_reusable
+from teacher_cache.pipeline.settings.names import TRANSFORMERS
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheError, CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
@@ -188,7 +189,7 @@ def plan_precompute(
     planned = read_dataset(settings, teacher, progress)
     for problem in planned.dataset.problems:
         event(_LOG, logging.WARNING, "problem in the dataset", **asdict(problem))
-    made_with = library_versions(teacher.preprocess.decoder) | origin
+    made_with = library_versions(teacher) | origin
     manifest, pending = plan_dataset(planned, encode_on or teacher.device.type, made_with)
     require_one_origin(config, origin, manifest, pending)
     if config.reuse is not None and pending:
@@ -508,13 +509,11 @@ def default_batch_rows(device: str) -> int:
     return 16 if device == "cpu" else 256
 
 
-def library_versions(decoder: str = PILLOW) -> dict[str, str]:
-    """Return the versions of the libraries that affect pixels and rows, for a manifest.
-
-    Args:
-        decoder: decoder of the images.
-    """
+def library_versions(teacher: LiveTeacher) -> dict[str, str]:
+    """Return the versions of the libraries that affect pixels and rows, for a manifest."""
     names: tuple[str, ...] = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr", "teacher-cache")
-    if decoder == JPEG_SCALED:
+    if teacher.preprocess.decoder == JPEG_SCALED:
         names = (*names, "simplejpeg")
+    if teacher.name.startswith(TRANSFORMERS):
+        names = (*names, "transformers", "tokenizers")
     return {"python": platform.python_version(), "pillow": pillow_version, **{name: version(name) for name in names}}

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 from teacher_cache.pipeline.data.datasets.files import data_folder
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples, require_content
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
+from teacher_cache.pipeline.settings.names import without_path
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.repair import RepairPlan, plan_repair, restore
 from teacher_cache.storage.check.verify import Finding, verify_cache
@@ -159,10 +160,10 @@ def teacher_of(
     recorded = manifest.identity.teacher
     if teacher is not None:
         return teacher, pretrained
-    if recorded.name.startswith("local-dir:"):
+    if without_path(recorded.name):
         raise UsageError(
             f"{cache}: its teacher is {recorded.name!r}, and the manifest does not say where that folder lies. Give "
-            "--teacher local-dir:PATH."
+            f"--teacher {recorded.name.partition(':')[0]}:PATH."
         )
     return recorded.name, pretrained or recorded.pretrained
 

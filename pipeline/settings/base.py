@@ -62,7 +62,11 @@ StudentName = Annotated[
     str, Field(description="Student: a shipped preset, an open_clip model name, or the path of an open_clip config.")
 ]
 TeacherName = Annotated[
-    str, Field(description="Teacher: an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or bundled:scenes.")
+    str,
+    Field(
+        description="Teacher: an open_clip name, hf-hub:ORG/REPO, local-dir:PATH, transformers:PATH-OR-REPO or "
+        "bundled:scenes."
+    ),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ from teacher_cache.storage.observe.safe_text import printable
 _PIPELINE = Path(__file__).parents[1]
 BUNDLED = {"bundled:scenes": _PIPELINE / "models" / "scenes_teacher"}
 CHECKPOINT_CONFIG = "open_clip_config.json"
+TRANSFORMERS = "transformers:"
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _USUAL_TAGS = ("openai", "laion2b", "datacomp_xl", "webli", "dfn")
 # one of them exists on a machine with a GPU: NVIDIA's driver, in WSL, on Jetson; AMD's driver
 _GPU_FILES = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
@@ -69,6 +72,22 @@ def open_clip_tags(model: str) -> list[str] | None:
     return []
 
 
+def teacher_folder(name: str) -> Path | None:
+    """Return the folder of a teacher that is named by its folder, or is shipped. None: a built-in name, or a hub's."""
+    schema, _, rest = name.partition(":")
+    if schema == "local-dir":
+        return Path(rest)
+    if name.startswith(TRANSFORMERS) and (Path(rest).is_dir() or not _REPOSITORY.fullmatch(rest)):
+        return Path(rest)
+    return BUNDLED.get(name)
+
+
+def without_path(recorded: str) -> bool:
+    """Return whether a record's name of a teacher is that of a folder, whose path no record has."""
+    schema, _, rest = recorded.partition(":")
+    return schema == "local-dir" or (recorded.startswith(TRANSFORMERS) and "/" not in rest)
+
+
 def check_teacher(
     name: str,
     pretrained: str | None,
@@ -87,14 +106,19 @@ def check_teacher(
     """
     what = f"teacher {printable(name)!r}"
     schema, _, rest = name.partition(":") if ":" in name else ("", "", name)
-    if schema not in ("", "hf-hub", "local-dir") and name not in BUNDLED:
-        forms = f"an open_clip name, hf-hub:ORG/REPO, local-dir:PATH or {', '.join(BUNDLED)}"
+    if schema not in ("", "hf-hub", "local-dir", "transformers") and name not in BUNDLED:
+        forms = f"an open_clip name, hf-hub:ORG/REPO, local-dir:PATH, transformers:PATH-OR-REPO or {', '.join(BUNDLED)}"
         raise UsageError(f"{what} is not known.{did_you_mean(name, [*BUNDLED])} Write {forms}")
     if schema and pretrained:
         raise UsageError(f"{what} brings its own weights; leave pretrained ({printable(pretrained)!r}) out")
-    if schema == "local-dir" and not (Path(rest) / CHECKPOINT_CONFIG).is_file():
-        place = described(rest) or f"no {CHECKPOINT_CONFIG} in {printable(rest)}"
-        raise UsageError(f"{what}: {place}.{similar_names(rest)} Name the folder of an open_clip model")
+    for package in ("transformers", "sentencepiece") if schema == "transformers" else ():
+        if find_spec(package) is None:
+            raise MissingPackageError(package, what)
+    folder, config = teacher_folder(name), "config.json" if schema == "transformers" else CHECKPOINT_CONFIG
+    if folder is not None and not (folder / config).is_file():
+        place = described(rest) or f"no {config} in {printable(rest)}"
+        kind = "a transformers model, or its ORG/REPO" if schema == "transformers" else "an open_clip model"
+        raise UsageError(f"{what}: {place}.{similar_names(rest)} Name the folder of {kind}")
     if schema:
         return
     model = rest.replace("/", "-")

@@ -57,10 +57,10 @@ class Record(BaseModel):
 class TeacherIdentity(Record):
     """The frozen teacher."""
 
-    name: str = Field(description="Name of the model: ViT-B-32, hf-hub:ORG/REPO or local-dir:NAME-OF-FOLDER.")
+    name: str = Field(description="Its name, as for precompute; of a folder without its path: local-dir:NAME.")
     pretrained: str | None = Field(None, description="open_clip's pretrained tag, for a built-in name.")
     weights_sha256: str = Field(description="Over every parameter and buffer: name, dtype, shape and bytes.")
-    architecture: dict[str, Any] = Field(description="open_clip's model config.")
+    architecture: dict[str, Any] = Field(description="Model config of open_clip, or of transformers.")
     activation: str = Field(description="Activation of the built model: GELU, QuickGELU, ...")
     embed_dim: int = Field(gt=0, description="Width of the shared embedding space.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(description="Arithmetic of the forward pass.")

@@ -25,7 +25,7 @@ from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS
 from teacher_cache.pipeline.models.student import load_student, student_tokenizer
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_text, shorten
-from teacher_cache.pipeline.settings.names import BUNDLED
+from teacher_cache.pipeline.settings.names import TRANSFORMERS, teacher_folder
 
 
 class TorchModel:
@@ -107,8 +107,9 @@ def load_teacher_model(name: str, pretrained: str | None = None, device: str = "
         UsageError: it cannot be loaded.
     """
     teacher = load_teacher(name, pretrained, device)
-    folder = BUNDLED.get(name) or (Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None)
-    file = folder / CHECKPOINT_WEIGHTS if folder is not None else None
+    folder = teacher_folder(name)
+    weights = "model.safetensors" if name.startswith(TRANSFORMERS) else CHECKPOINT_WEIGHTS
+    file = folder / weights if folder is not None else None
     return TorchModel(teacher.model, teacher.preprocess.size, teacher.tokenizer, teacher.device, file)
 
 

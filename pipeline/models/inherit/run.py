@@ -37,6 +37,7 @@ from teacher_cache.pipeline.models.student import (
 )
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.settings.base import learned_split
+from teacher_cache.pipeline.settings.names import TRANSFORMERS
 from teacher_cache.pipeline.settings.student import InheritConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
@@ -73,6 +74,11 @@ def inherit(config: InheritConfig, progress: Callable[[str, int, int], None] | N
     """
     out = Path(config.out)
     require_free(out)
+    if config.teacher.startswith(TRANSFORMERS):
+        raise UsageError(
+            f"teacher {config.teacher!r}: only weights of open_clip's towers are inherited. Train without --init, or "
+            "name an open_clip model of the same weights"
+        )
     architecture = student_config(config.student)
     trunk = read_trunk_weights(config.trunk_weights) if config.trunk_weights else None
     teacher = load_teacher(config.teacher, config.pretrained, device="cpu")
