@@ -86,9 +86,7 @@ class _Bench:
         model, optimizer = self.fabric.setup(self.student, adamw(self.student, 1e-5, 0.1))
         model.train()
         self.teacher = CachedTeacher(self.reader)
-        self._step = TrainStep(
-            self.config, self.fabric, model, self.student, optimizer, self.teacher.logit_scale, 10**6
-        )
+        self._step = TrainStep(self.config, self.fabric, model, self.student, optimizer, self.teacher, 10**6)
         self._taken = 0
         # the peer's own, so that neither moves the other's weights or moments
         self.plain = self._made(architecture).to(self.fabric.device).train()

@@ -51,7 +51,10 @@ class ImageScores(BaseModel):
     """Scores of one image against each text, in the order of ``Inference.texts``."""
 
     image: str
-    probabilities: list[float] = Field(description="softmax(logit_scale x cosine) over the texts; they sum to 1.")
+    probabilities: list[float] = Field(
+        description="softmax(logit_scale x cosine) over the texts, or with a logit_bias sigmoid(logit_scale x cosine + "
+        "logit_bias) of each."
+    )
     cosines: list[float]
 
 
@@ -61,6 +64,7 @@ class Inference(BaseModel):
     student: str
     variant: str
     logit_scale: float
+    logit_bias: float | None = None
     texts: list[str]
     images: list[ImageScores]
     unreadable: list[str] = Field(description="Images that could not be read or decoded, each with the reason.")
@@ -75,7 +79,7 @@ class Inference(BaseModel):
 @option("--variant", "Weights of the student.", "fp32", type=click.Choice(["fp32", "int8"]))
 @option(
     "--logit-scale",
-    "Multiplier of the cosines in the softmax; 100 for CLIP's own models. Default: the student's.",
+    "Multiplier of the cosines; 100 for CLIP's own models. Default: the student's.",
     type=click.FloatRange(0, min_open=True),
     metavar="X",
 )
@@ -88,7 +92,7 @@ def infer(
     logit_scale: float | None,
     as_json: bool,
 ) -> None:
-    """Print cosine and softmax(logit scale x cosine) over the texts for each image."""
+    """Print each image's cosine with each text, and the probability by softmax, or by sigmoid if it learned so."""
     files = _files(images)
     if not all(map(str.strip, text)):
         raise UsageError("--text is empty: write a text for each class, for example --text 'a photo of a dog'")
@@ -142,10 +146,12 @@ def _infer(student: StudentRuntime, files: list[str], texts: list[str], logit_sc
 
     text_features = student.embed_texts(texts)
     scale = student.deployment.logit_scale if logit_scale is None else logit_scale
+    bias = student.deployment.logit_bias
     result = Inference(
         student=str(student.folder),
         variant=student.variant,
         logit_scale=scale,
+        logit_bias=bias,
         texts=texts,
         images=[],
         unreadable=[],
@@ -163,7 +169,7 @@ def _infer(student: StudentRuntime, files: list[str], texts: list[str], logit_sc
         if not names:
             continue
         features = student.embed_pixels(np.stack(pixels))
-        rows = zip(names, probabilities(features, text_features, scale), features @ text_features.T, strict=True)
+        rows = zip(names, probabilities(features, text_features, scale, bias), features @ text_features.T, strict=True)
         result.images += [
             ImageScores(image=name, probabilities=likely.tolist(), cosines=cosines.tolist())
             for name, likely, cosines in rows
@@ -172,12 +178,13 @@ def _infer(student: StudentRuntime, files: list[str], texts: list[str], logit_sc
 
 
 def _scores(result: Inference) -> Table:
-    table = Table(f"{result.student}, {result.variant}, logit scale {result.logit_scale:.1f}")
+    sigmoid = "" if result.logit_bias is None else f", bias {result.logit_bias:.1f}: each text by itself"
+    table = Table(f"{result.student}, {result.variant}, logit scale {result.logit_scale:.1f}{sigmoid}")
     for name in ("image", "text"):
         table.add_column(name)
     table.add_column("cosine", right=True)
     # softmax over a single text is always 1
-    several = len(result.texts) > 1
+    several = len(result.texts) > 1 or bool(sigmoid)
     if several:
         table.add_column("%", right=True)
     for image in result.images:

@@ -74,6 +74,11 @@ class Deployment(BaseModel):
     parameters: int
     embed_dim: int
     logit_scale: float = Field(description="Learned multiplier of cosines.")
+    logit_bias: float | None = Field(
+        None,
+        description="Learned addend: sigmoid(logit_scale x cosine + logit_bias) is the probability of a match. None if "
+        "no sigmoid loss trained it.",
+    )
     preprocess: dict[str, Any] = Field(description="open_clip's preprocess_cfg: size, mean, std, interpolation, ...")
     tokenization: Tokenization
     towers: dict[Variant, dict[Literal["image", "text"], Artefact]] = Field(

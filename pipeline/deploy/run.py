@@ -40,6 +40,7 @@ from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
 from teacher_cache.pipeline.settings.names import without_path
+from teacher_cache.pipeline.settings.recipes import trains_bias
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
 
@@ -189,6 +190,7 @@ def write_files(
         parameters=student.num_parameters,
         embed_dim=student.embed_dim,
         logit_scale=float(student.model.logit_scale.detach().exp()),  # type: ignore[operator]
+        logit_bias=_trained_bias(student, record),
         preprocess=student.preprocess.to_config(),
         tokenization=tokenization,
         towers=made,
@@ -202,6 +204,11 @@ def write_files(
     deployment.write(folder)
     progress("export", 4, 4)
     return deployment, reports
+
+
+def _trained_bias(student: Student, record: RunRecord) -> float | None:
+    bias = student.logit_bias
+    return None if bias is None or not trains_bias(record.config.losses) else float(bias.detach())
 
 
 def calibration_batches(

@@ -28,16 +28,20 @@ ImageLike: TypeAlias = Image.Image | str | Path | bytes
 
 
 def probabilities(
-    image_features: NDArray[np.float32], text_features: NDArray[np.float32], scale: float = 100.0
+    image_features: NDArray[np.float32],
+    text_features: NDArray[np.float32],
+    scale: float = 100.0,
+    bias: float | None = None,
 ) -> NDArray[np.float32]:
-    """Return the softmax over texts of scale x cosine, as in CLIP's paper.
+    """Return the softmax over texts of scale x cosine, as in CLIP's paper, or SigLIP's sigmoid(scale x cosine + bias).
 
     Args:
         image_features, text_features: (images, dim) and (texts, dim), unit norm.
         scale: 100 is the paper's ceiling on the learned logit scale, which CLIP's own models reached.
+        bias: the learned bias of a student of sigmoid losses. None: softmax.
 
     Returns:
-        float32 (images, texts); rows sum to 1.
+        float32 (images, texts). Rows of softmax sum to 1; a sigmoid is the probability of one text by itself.
 
     Raises:
         ValueError: the scale is not a positive number.
@@ -45,6 +49,9 @@ def probabilities(
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale: {scale} found, a positive number wanted")
     cosines = image_features.astype(np.float64) @ text_features.astype(np.float64).T
+    if bias is not None:
+        # tanh cannot overflow: sigmoid(x) = (1 + tanh(x / 2)) / 2
+        return np.asarray((1 + np.tanh((scale * cosines + bias) / 2)) / 2, np.float32)
     # subtract each row's maximum, so that exp cannot overflow
     weights = np.exp(scale * (cosines - cosines.max(axis=1, keepdims=True)))
     return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
@@ -169,14 +176,16 @@ class StudentRuntime:
     def classify(
         self, images: Sequence[ImageLike], queries: Sequence[str], scale: float | None = None
     ) -> NDArray[np.float32]:
-        """Return the probability of each query for each image: softmax over queries of scale x cosine.
+        """Return the probability of each query for each image, see :func:`probabilities`.
+
+        A student that learned by a sigmoid loss gives sigmoids, any other the softmax over the queries.
 
         Args:
             queries: whole texts, such as ``a photo of a cat``.
             scale: see :func:`probabilities`. Default: ``deployment.logit_scale``, which the student learned.
 
         Returns:
-            float32 (images, queries); rows sum to 1.
+            float32 (images, queries).
 
         Raises:
             ValueError: no queries, or a scale that is not a positive number.
@@ -184,7 +193,7 @@ class StudentRuntime:
         if not queries:
             raise ValueError("classify needs one query or more")
         scale = self.deployment.logit_scale if scale is None else scale
-        return probabilities(self.embed_images(images), self.embed_texts(queries), scale)
+        return probabilities(self.embed_images(images), self.embed_texts(queries), scale, self.deployment.logit_bias)
 
     def search(self, index: Any, text: str, k: int = 10) -> list[tuple[int, float]]:
         """Return the rows of an index that are nearest to a text.

@@ -7,6 +7,7 @@ import logging
 import math
 import tempfile
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +37,9 @@ MAX_LOG_LOGIT_SCALE = math.log(100)
 
 _PROJECTION, _ORIGIN = "projection.safetensors", "origin.json"
 _FACTORS = "token_embedding.safetensors"
-# settings of the model config that only record the origin of weights
+# settings of the model config that only record the origin of weights, or their first values
 _NO_ARCHITECTURE = {"vision_cfg.timm_model_pretrained", "text_cfg.hf_model_pretrained"}
+_NO_ARCHITECTURE |= {"init_logit_scale", "init_logit_bias"}
 
 
 class StudentOutput(NamedTuple):
@@ -48,6 +50,7 @@ class StudentOutput(NamedTuple):
     projected_image: Tensor
     projected_text: Tensor
     logit_scale: Tensor
+    logit_bias: Tensor
 
 
 class Student(nn.Module):
@@ -115,7 +118,14 @@ class Student(nn.Module):
             F.normalize(self.image_projection(image).float(), dim=-1),
             projected_text,
             self.model.logit_scale.exp(),  # type: ignore[operator]
+            image.new_zeros(()) if self.logit_bias is None else self.logit_bias,
         )
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """Parameter that the sigmoid losses add to the logits; None without ``init_logit_bias`` in the config."""
+        bias: Tensor | None = getattr(self.model, "logit_bias", None)
+        return bias
 
     def lock_image(self, unlocked_groups: int) -> None:
         """Lock the first layers of the image tower, in training mode too (:func:`.locked_layers.lock_image_layers`)."""
@@ -308,30 +318,35 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
 def load_initial(student: Student, folder: str) -> None:
     """Start a student from the weights of a checkpoint, or of a folder that ``inherit`` wrote.
 
-    All weights of the model are replaced. The projections are replaced only if the teacher's width is the same: others
-    belong to another teacher.
+    All weights of the model are replaced, except for a logit bias that the checkpoint does not have. The projections
+    are replaced only if the teacher's width is the same: others belong to another teacher.
 
     Raises:
         UsageError: there is no checkpoint, it cannot be used, or its architecture or its pixels' mean or std differ.
             The message names each field with both values.
     """
     initial, _ = load_student(Path(folder))
-    if different := architecture_differences(initial, student):
+    if different := architecture_differences(initial, student, {"logit_bias"}):
         raise UsageError(
             f"{folder}: a checkpoint of another student: {'; '.join(different)}. Train the same student, for example "
             f"--student {Path(folder) / CHECKPOINT_CONFIG}, or choose another --init."
         )
-    student.model.load_state_dict(initial.model.state_dict())
+    weights = initial.model.state_dict()
+    if student.logit_bias is None:
+        weights.pop("logit_bias", None)
+    else:
+        weights.setdefault("logit_bias", student.logit_bias.detach())
+    student.model.load_state_dict(weights)
     if student.teacher_dim == initial.teacher_dim:
         student.load_projections(initial.projections())
 
 
-def architecture_differences(other: Student, student: Student) -> list[str]:
+def architecture_differences(other: Student, student: Student, ignore: Collection[str] = ()) -> list[str]:
     """Return each setting that prevents two students from sharing weights, with both values."""
     theirs, own = _architecture(other.config, other), _architecture(student.config, student)
     return [
         f"{name} is {theirs.get(name, 'not set')} there and {own.get(name, 'not set')} in the student"
-        for name in sorted({*theirs, *own})
+        for name in sorted({*theirs, *own} - {*ignore})
         if theirs.get(name) != own.get(name)
     ]
 
@@ -361,8 +376,10 @@ def _architecture(config: dict[str, Any], student: Student) -> dict[str, Any]:
         inner = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
         flat.update(inner)
     # weights fit only pixels with the same normalisation
-    pixels = {"preprocess.mean": student.preprocess.mean, "preprocess.std": student.preprocess.std}
-    return {name: value for name, value in {**flat, **pixels}.items() if name not in _NO_ARCHITECTURE}
+    others: dict[str, Any] = {"preprocess.mean": student.preprocess.mean, "preprocess.std": student.preprocess.std}
+    if student.logit_bias is not None:
+        others["logit_bias"] = "trained"
+    return {name: value for name, value in {**flat, **others}.items() if name not in _NO_ARCHITECTURE}
 
 
 def _load_factors(model: nn.Module, rank: Any, folder: Path) -> None:

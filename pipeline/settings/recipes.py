@@ -9,11 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 # names of teacher_cache.pipeline.train.losses.LOSSES, here so that checking a config needs no torch
-LOSS_NAMES = ("contrastive", "cosine", "feature", "interactive", "queue", "relational", "relational_mse")
+LOSS_NAMES = (
+    "contrastive",
+    "cosine",
+    "feature",
+    "interactive",
+    "queue",
+    "relational",
+    "relational_mse",
+    "sigmoid",
+    "sigmoid_relational",
+)
 # losses that compare each row with the teacher's row of the same tower, so that images alone are enough
 IMAGE_LOSSES = ("cosine", "feature")
 # losses that compare the student's features with the teacher's, which makes them interchangeable
 TEACHER_SPACE_LOSSES = ("cosine", "feature", "interactive", "queue")
+# losses that train a logit bias, which makes sigmoid(logit_scale x cosine + bias) a probability
+SIGMOID_LOSSES = ("sigmoid", "sigmoid_relational")
 
 
 @dataclass(frozen=True)
@@ -102,3 +114,8 @@ RECIPE_SETTINGS = frozenset(field.name for field in fields(Recipe))
 def in_teacher_space(losses: dict[str, float]) -> bool:
     """Return whether these losses train projections that make student and teacher rows comparable."""
     return any(losses.get(name, 0) > 0 for name in TEACHER_SPACE_LOSSES)
+
+
+def trains_bias(losses: dict[str, float]) -> bool:
+    """Return whether these losses train the student's logit bias, so that its sigmoids are probabilities."""
+    return any(losses.get(name, 0) > 0 for name in SIGMOID_LOSSES)

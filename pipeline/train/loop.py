@@ -227,9 +227,7 @@ class _Trainer:
         self._state = TrainState(student, optimizer.optimizer, average, queue, point)
         if record.checkpoint is not None:
             load_resume_point(run.path / record.checkpoint, self._state)
-        self._step = TrainStep(
-            config, fabric, self._model, student, optimizer, teacher.logit_scale, self._total_steps, queue
-        )
+        self._step = TrainStep(config, fabric, self._model, student, optimizer, teacher, self._total_steps, queue)
         self._writer = RunWriter(run, record, self._state) if fabric.global_rank == 0 else None
 
     def train(self) -> None:

@@ -4,9 +4,10 @@ Shapes: student ``u`` (images) and ``v`` (texts), teacher ``p`` and ``q``, all (
 ``i`` of each belonging to the same pair. ``s`` and ``st`` are the multipliers of cosines, after exp. A training run
 is a weighted sum of the losses named in ``LOSSES``. Losses that are cross-entropies are in nats.
 
-Losses that compare the student's features with each other (``contrastive``, ``relational``, ``relational_mse``) take
-them in the student's own space, which is evaluated and shipped. Losses that compare them with the teacher's
-(``feature``, ``cosine``, ``interactive``, ``queue``) take them projected to the teacher's width.
+Losses that compare the student's features with each other (``contrastive``, ``relational``, ``relational_mse``,
+``sigmoid``, ``sigmoid_relational``) take them in the student's own space, which is evaluated and shipped. Losses that
+compare them with the teacher's (``feature``, ``cosine``, ``interactive``, ``queue``) take them projected to the
+teacher's width.
 
 MobileCLIP's loss (Vasu et al. 2024, "Multi-Modal Reinforced Training") is ``(1 - lambda) * contrastive + lambda *
 relational``. Theirs is the KL divergence from the teacher's softmax, ``relational`` the cross-entropy. They differ by
@@ -42,6 +43,8 @@ class LossInputs:
         label_smoothing: label smoothing of the contrastive loss.
         temperature: divisor of the logits in the relational_mse loss.
         queue: the teacher's rows for the queue loss, those of this batch included. None without a queue.
+        student_logit_bias: added to the student's logits by the sigmoid losses; scalar, trained.
+        teacher_logit_bias: the teacher's.
 
     Raises:
         ValueError: shapes differ, so student and cache are out of step.
@@ -55,6 +58,8 @@ class LossInputs:
     label_smoothing: float = 0.0
     temperature: float = 2.0
     queue: Pair | None = None
+    student_logit_bias: Tensor | float = 0.0
+    teacher_logit_bias: float = 0.0
 
     def __post_init__(self) -> None:
         """Check shapes once for all losses."""
@@ -185,9 +190,44 @@ def queue(batch: LossInputs) -> Tensor:
     return _cross_entropy(student, teacher)
 
 
+def sigmoid(batch: LossInputs) -> Tensor:
+    """Return SigLIP's loss (Zhai et al. 2023, arXiv 2303.15343): each of batch x batch pairs is a match or is none.
+
+    -log sigmoid(+-(s u vT + bias)), + for a row's own pair, summed over all pairs and divided by the batch; open_clip's
+    ``SigLipLoss``. batch x ln 2 when all logits are 0.
+    """
+    logits = _logits(*batch.student, batch.student_logit_scale) + batch.student_logit_bias
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+def sigmoid_relational(batch: LossInputs) -> Tensor:
+    """Return the KL divergence from the teacher's to the student's probability that a pair matches.
+
+    The probability is sigmoid(s u vT + bias), of the teacher at its own scale and bias. Summed over all batch x batch
+    pairs and divided by the batch, as ``sigmoid``. >= 0; 0 when all probabilities agree. The widths may differ.
+    """
+    student = _logits(*batch.student, batch.student_logit_scale) + batch.student_logit_bias
+    teacher = _teacher_logits(*batch.teacher, batch.teacher_logit_scale) + batch.teacher_logit_bias
+    match = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    none = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    return (match + none).sum() / len(student)
+
+
 # by name in a run file; teacher_cache.pipeline.settings.recipes.LOSS_NAMES has the same names without torch
 LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
-    loss.__name__: loss for loss in (contrastive, cosine, feature, interactive, queue, relational, relational_mse)
+    loss.__name__: loss
+    for loss in (
+        contrastive,
+        cosine,
+        feature,
+        interactive,
+        queue,
+        relational,
+        relational_mse,
+        sigmoid,
+        sigmoid_relational,
+    )
 }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lightning_fabric import Fabric
 from pydantic import ValidationError
@@ -18,14 +20,20 @@ from teacher_cache.pipeline.data.images.preprocess import handed_on
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import RunRecord
-from teacher_cache.pipeline.models.student import Student, build_student, load_initial, student_config
+from teacher_cache.pipeline.models.student import (
+    MAX_LOG_LOGIT_SCALE,
+    Student,
+    build_student,
+    load_initial,
+    student_config,
+)
 from teacher_cache.pipeline.models.weights import digest_tensors
-from teacher_cache.pipeline.settings.recipes import RECIPES
+from teacher_cache.pipeline.settings.recipes import RECIPES, trains_bias
 from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import absolute_location, open_files
-from teacher_cache.storage.format.identity import CacheIdentity
+from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.observe.logs import logger
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -105,6 +113,13 @@ class TrainingCache:
         if config.expect is not None and begun is None:
             expected = expected_identity(config.expect)
             accepted = reader.identity.require(expected, config.cache, _WAY_OUT, config.accept_mismatch)
+        teacher = reader.identity.teacher
+        if config.losses.get("sigmoid_relational", 0) > 0 and teacher.logit_bias is None:
+            raise UsageError(
+                f"{config.cache}: loss sigmoid_relational learns the teacher's probability of each pair, and "
+                f"{teacher.name} has no logit bias: it did not learn by SigLIP's loss. Use relational, or the cache of "
+                "a SigLIP teacher"
+            )
         rows = reader.row_set(config.split)
         if config.captions_per_image:
             reader.require_captions(
@@ -144,13 +159,28 @@ def new_student(fabric: Fabric, cache: TrainingCache, begun: RunRecord | None) -
     """
     config, reader = cache.config, cache.reader
     fabric.seed_everything(config.seed, verbose=False)
-    architecture = student_config(config.student) if begun is None else begun.student_config
+    architecture = begun.student_config if begun is not None else _with_bias(config, reader.identity.teacher)
     student = build_student(architecture, handed_on(reader.identity.preprocess), reader.manifest.layout.embed_dim)
     if config.init is not None and begun is None:
         load_initial(student, config.init)
     if config.lock_image_unlocked_groups is not None:
         student.lock_image(config.lock_image_unlocked_groups)
     return student
+
+
+def _with_bias(config: TrainConfig, teacher: TeacherIdentity) -> dict[str, Any]:
+    """Return the student's model config, for the sigmoid losses with a logit bias.
+
+    A config without one gets the teacher's scale and bias, or those of SigLIP's paper.
+    """
+    architecture = student_config(config.student)
+    if not trains_bias(config.losses) or "init_logit_bias" in architecture:
+        return architecture
+    scale, bias = math.log(10), -10.0
+    if teacher.logit_bias is not None:
+        scale, bias = min(math.log(teacher.logit_scale), MAX_LOG_LOGIT_SCALE), teacher.logit_bias
+    _LOG.info("student %s gets a logit bias for its sigmoid losses: %.4g at first", config.student, bias)
+    return {**architecture, "init_logit_scale": scale, "init_logit_bias": bias}
 
 
 def training_images(cache: TrainingCache, student: Student) -> StudentImages | ReadyPixels:

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from teacher_cache.pipeline.data.batches.pairs import Pairs
-from teacher_cache.pipeline.data.batches.targets import TeacherTargets
+from teacher_cache.pipeline.data.batches.targets import TeacherSource, TeacherTargets
 from teacher_cache.pipeline.models.device import image_memory_format
 from teacher_cache.pipeline.models.student import Student, StudentOutput
 from teacher_cache.pipeline.settings.train import TrainConfig
@@ -61,7 +61,7 @@ class TrainStep:
 
     Args:
         model: the student as set up by Fabric, with its optimizer.
-        teacher_logit_scale: the teacher's logit scale, after exp.
+        teacher: source of the targets, for its logit scale and bias.
         queue: queue of the teacher's rows for the queue loss; the same on every rank.
     """
 
@@ -72,13 +72,13 @@ class TrainStep:
         model: Any,
         student: Student,
         optimizer: Any,
-        teacher_logit_scale: float,
+        teacher: TeacherSource,
         total_steps: int,
         queue: TeacherQueue | None = None,
     ) -> None:
         self._config, self._fabric, self._model, self._student = config, fabric, model, student
         self._memory_format, self._queue = image_memory_format(student.model), queue
-        self._optimizer, self._teacher_logit_scale, self._total_steps = optimizer, teacher_logit_scale, total_steps
+        self._optimizer, self._teacher, self._total_steps = optimizer, teacher, total_steps
 
     def __call__(self, step: int, pixels: Tensor, tokens: Tensor, targets: TeacherTargets, pairs: Pairs) -> StepValues:
         """Train on one batch.
@@ -135,7 +135,7 @@ class TrainStep:
     def _whole(self, step: int, parts_of_batch: list[Any], teacher: tuple[Tensor, ...]) -> Any:
         ((pixels, tokens),) = parts_of_batch
         output = self._forward(step, 0, pixels, tokens)
-        total, parts = self._loss(gather_features(*output[:4]), output.logit_scale, teacher)
+        total, parts = self._loss(gather_features(*output[:4]), output[4:], teacher)
         if self._fabric.world_size > 1:
             # DDP waits for a gradient of every output, including those that no loss uses
             self._fabric.backward(total + 0.0 * sum(value.sum() for value in output))
@@ -148,9 +148,9 @@ class TrainStep:
             outputs = [self._forward(step, part, *inputs) for part, inputs in enumerate(parts_of_batch)]
         local = [torch.cat(values) for values in list(zip(*outputs, strict=True))[:4]]
         leaves = [value.detach().requires_grad_() for value in gather_features(*local)]
-        logit_scale = outputs[0].logit_scale.detach().requires_grad_()
-        total, parts = self._loss(tuple(leaves), logit_scale, teacher)
-        slopes = torch.autograd.grad(total, [*leaves, logit_scale], allow_unused=True, materialize_grads=True)
+        scalars = [value.detach().requires_grad_() for value in outputs[0][4:]]
+        total, parts = self._loss(tuple(leaves), tuple(scalars), teacher)
+        slopes = torch.autograd.grad(total, [*leaves, *scalars], allow_unused=True, materialize_grads=True)
         feature_slopes = [
             self._slopes_of_parts(slope, [len(output[place]) for output in outputs])
             for place, slope in enumerate(slopes[:4])
@@ -160,9 +160,10 @@ class TrainStep:
             with self._fabric.no_backward_sync(self._model, enabled=not last):
                 output = self._forward(step, part, *inputs)
                 sent = sum((value * slope[part]).sum() for value, slope in zip(output[:4], feature_slopes, strict=True))
-                # every part computes logit_scale from the same parameter: its gradient counts once
-                self._fabric.backward(sent + output.logit_scale * (slopes[4] if last else 0.0))
-        return total.detach(), parts, logit_scale.detach()
+                # every part computes logit_scale and logit_bias from the same parameters: their gradients count once
+                learned = output.logit_scale * slopes[4] + output.logit_bias * slopes[5]
+                self._fabric.backward(sent + learned * float(last))
+        return total.detach(), parts, scalars[0].detach()
 
     def _slopes_of_parts(self, slope: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
         """Return this rank's gradient by part, from the gradient by the rows of all ranks."""
@@ -180,12 +181,14 @@ class TrainStep:
         )
         return output
 
-    def _loss(self, features: tuple[Tensor, ...], logit_scale: Tensor, teacher: tuple[Tensor, ...]) -> Any:
+    def _loss(self, features: tuple[Tensor, ...], scalars: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Any:
         """Return the mean of the losses of all images with their first caption, their second caption, ...
 
+        ``scalars`` are the student's logit scale and bias.
         Without captions, the losses of the images alone.
         """
         image, text, projected_image, projected_text = features
+        logit_scale, logit_bias = scalars
         teacher_image, teacher_text = teacher
         images = (image, projected_image, teacher_image)
         texts = (text, projected_text, teacher_text)
@@ -200,10 +203,12 @@ class TrainStep:
                     projected,
                     taught,
                     logit_scale,
-                    self._teacher_logit_scale,
+                    self._teacher.logit_scale,
                     self._config.label_smoothing,
                     self._config.temperature,
                     self._queue.rows() if self._queue is not None else None,
+                    logit_bias,
+                    self._teacher.logit_bias or 0.0,
                 ),
                 self._config.losses,
             )

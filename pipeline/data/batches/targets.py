@@ -32,6 +32,7 @@ class TeacherSource(Protocol):
     """Source of targets: the cache, or a running teacher."""
 
     logit_scale: float
+    logit_bias: float | None
 
     def targets(self, batches: Iterable[Pairs], /) -> Generator[TeacherTargets]:
         """Yield the targets of each batch, in order, for its views and captions."""
@@ -42,7 +43,8 @@ class CachedTeacher:
 
     def __init__(self, reader: EmbeddingReader) -> None:
         self._reader = reader
-        self.logit_scale = reader.manifest.identity.teacher.logit_scale
+        teacher = reader.manifest.identity.teacher
+        self.logit_scale, self.logit_bias = teacher.logit_scale, teacher.logit_bias
 
     def targets(self, batches: Iterable[Pairs]) -> Generator[TeacherTargets]:
         """Yield the targets of each batch, in order. Threads prefetch chunks and end with the generator.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -88,6 +89,22 @@ def test_many_texts_are_cut_and_one_shows_its_cosine(infer: Infer, tiny_deployme
     student = StudentRuntime(tiny_deployment)
     cosine = float((student.embed_images([image]) @ student.embed_texts(["a cat"]).T).item())
     assert f"{cosine:.3f}" in infer(image, texts=["a cat"])[1]
+
+
+def test_of_a_sigmoid_student_one_text_has_a_probability(
+    infer: Infer, tiny_deployment: Path, photos: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_deployment, tmp_path / "copy")
+    record = json.loads((folder / "deploy.json").read_text()) | {"logit_bias": -1.0}
+    (folder / "deploy.json").write_text(json.dumps(record))
+    image = photos / "0000.jpg"
+    found: Any = json.loads(infer(image, "--json", texts=["a cat"], student=folder)[1])
+    [[cosine], [likely]] = (found["images"][0][name] for name in ("cosines", "probabilities"))
+    assert found["logit_bias"] == -1.0
+    assert likely == pytest.approx(1 / (1 + math.exp(1 - 14.3 * cosine)), rel=1e-5)
+    out = infer(image, texts=["a cat"], student=folder)[1]
+    assert "logit scale 14.3, bias -1.0: each text by itself" in out
+    assert re.search(rf"{cosine:.3f} +{100 * likely:.1f}\s*$", out, re.MULTILINE)
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_others_answered(

@@ -115,6 +115,20 @@ def test_classify_is_a_softmax_of_scaled_cosines(runtime: StudentRuntime, theirs
     assert np.isfinite(runtime.classify(photos, TEXTS, scale=1e9)).all()
 
 
+def test_a_student_of_a_sigmoid_loss_classifies_each_query_by_itself(
+    tiny_deployment: Path, runtime: StudentRuntime, photos: list[Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_deployment, tmp_path / "copy")
+    record = json.loads((folder / "deploy.json").read_text()) | {"logit_bias": -9.5}
+    (folder / "deploy.json").write_text(json.dumps(record))
+    found = StudentRuntime(folder).classify(photos, TEXTS)
+    cosines = runtime.embed_images(photos).astype(float) @ runtime.embed_texts(TEXTS).astype(float).T
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(9.5 - 14.3 * cosines)), rtol=1e-5)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(StudentRuntime(folder).classify(photos, TEXTS[1:2]), found[:, 1:2], rtol=1e-4)
+    assert np.isfinite(StudentRuntime(folder).classify(photos, TEXTS, scale=1e9)).all()
+
+
 def test_search_gives_the_nearest_rows(runtime: StudentRuntime, theirs: Any, photos: list[Path]) -> None:
     features = runtime.embed_images(photos)
     index = faiss.IndexFlatIP(16)

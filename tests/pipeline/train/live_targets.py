@@ -22,7 +22,7 @@ class LiveTeacherSource:
     """
 
     def __init__(self, teacher: LiveTeacher, reader: EmbeddingReader, source: ImageSource) -> None:
-        self.logit_scale = teacher.logit_scale
+        self.logit_scale, self.logit_bias = teacher.logit_scale, teacher.identity().logit_bias
         self._teacher, self._reader = teacher, reader
         self._images, self._samples = StudentImages(reader, source, teacher.preprocess), CachedSamples(reader, 32)
 

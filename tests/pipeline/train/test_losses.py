@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip.loss import DistillClipLoss
+from open_clip.loss import DistillClipLoss, SigLipLoss
 from torch import Tensor
 
 from teacher_cache.pipeline.settings.recipes import LOSS_NAMES, in_teacher_space
@@ -29,6 +29,7 @@ def of(u: Tensor, v: Tensor, p: Tensor, q: Tensor, s: float = 1.0, st: float = 1
 EYE, SWAPPED, FLAT = torch.eye(2), torch.eye(2).flip(0), torch.ones(2, 2) / math.sqrt(2)
 FIRST, SECOND = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
 THREE = 1 / (1 + math.exp(-3.0))  # the softmax of logits that are 3 apart
+DECIDED = THREE * math.log(2 * THREE) + (1 - THREE) * math.log(2 * (1 - THREE))
 ALIKE = torch.ones(8, 4) / 2
 BY_HAND: list[tuple[str, LossInputs, float]] = [
     ("feature", of(FIRST, SECOND, SECOND, SECOND), 1.0),  # (1 + 1) / 2 values, and 0
@@ -51,6 +52,15 @@ BY_HAND: list[tuple[str, LossInputs, float]] = [
     ("interactive", of(EYE, SWAPPED, SWAPPED, EYE, 5.0), math.log(1 + math.exp(-5.0))),
     # images against the teacher's texts right, texts against its images wrong: that one costs s more
     ("interactive", of(EYE, EYE, SWAPPED, EYE, 5.0), math.log(1 + math.exp(-5.0)) + 5.0 / 2),
+    # logits [[1, -1], [-1, 1]]: all four pairs are right by 1, and a row has two of them
+    ("sigmoid", of(EYE, EYE, EYE, EYE, 2.0, student_logit_bias=-1.0), 2 * math.log(1 + math.exp(-1))),
+    # the own pairs are right by 2, the others undecided
+    ("sigmoid", of(EYE, EYE, EYE, EYE, 2.0), math.log(1 + math.exp(-2)) + math.log(2)),
+    # the student is undecided about each pair, the teacher of its own pairs only: logit 3
+    ("sigmoid_relational", of(EYE, EYE, EYE, EYE, 0.0, 3.0), DECIDED),
+    # with bias -3 it is undecided of the own pairs, and certain of the others
+    ("sigmoid_relational", of(EYE, EYE, EYE, EYE, 0.0, 3.0, teacher_logit_bias=-3.0), DECIDED),
+    ("sigmoid_relational", of(EYE, EYE, EYE, EYE, 3.0, 3.0, student_logit_bias=-3.0, teacher_logit_bias=-3.0), 0.0),
     # image: teacher's logits over the queued texts (2, 0, 0), the student's (0, 3, 3); texts: all alike, ln 3
     (
         "queue",
@@ -72,6 +82,9 @@ def test_losses_equal_open_clips() -> None:
     contrastive, relational = DistillClipLoss()(u, v, inputs.student_logit_scale, p, q, torch.tensor(52.0))
     assert LOSSES["relational"](inputs).item() == pytest.approx(relational.item(), abs=1e-6)
     assert LOSSES["contrastive"](inputs).item() == pytest.approx(contrastive.item(), abs=1e-6)
+    scale, bias = inputs.student_logit_scale, torch.tensor(-9.3)
+    sigmoid = SigLipLoss()(u, v, scale, bias)
+    assert LOSSES["sigmoid"](replace(inputs, student_logit_bias=bias)).item() == pytest.approx(sigmoid.item(), rel=1e-6)
 
 
 def test_cosine_of_unit_rows_is_half_the_width_times_feature() -> None:
@@ -87,7 +100,8 @@ def doubles(rows: int = 5, student_dim: int = 4, teacher_dim: int = 6, queued: i
     rng = np.random.default_rng(0)
     u, v, pu, pv, p, q, qi, qt = (F.normalize(torch.from_numpy(rng.standard_normal(shape)), dim=1) for shape in shapes)
     scale = torch.tensor(3.7, dtype=torch.float64)
-    return LossInputs((u, v), (pu, pv), (p, q), scale, 6.1, 0.15, 1.7, (qi, qt))
+    bias = torch.tensor(-1.3, dtype=torch.float64)
+    return LossInputs((u, v), (pu, pv), (p, q), scale, 6.1, 0.15, 1.7, (qi, qt), bias, -2.1)
 
 
 def log_softmax(logits: np.ndarray[Any, Any], axis: int) -> np.ndarray[Any, Any]:
@@ -112,6 +126,11 @@ def by_numpy(batch: LossInputs) -> dict[str, float]:
     def softmax(logits: np.ndarray[Any, Any], axis: int = 1) -> np.ndarray[Any, Any]:
         return np.exp(log_softmax(logits, axis))
 
+    def match(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return 1 / (1 + np.exp(-logits))
+
+    own, taught = match(student + float(batch.student_logit_bias)), match(teacher + batch.teacher_logit_bias)
+    kl = taught * np.log(taught / own) + (1 - taught) * np.log((1 - taught) / (1 - own))
     return {
         "contrastive": (cross(student, target) + cross(student, target, 0)) / 2,
         "cosine": float(np.mean([2 - pu[i] @ p[i] - pv[i] @ q[i] for i in range(n)])),
@@ -119,6 +138,8 @@ def by_numpy(batch: LossInputs) -> dict[str, float]:
         "interactive": (cross(s * pu @ q.T, eye) + cross(s * pv @ p.T, eye)) / 2,
         "queue": (cross(s * pu @ qt.T, softmax(st * p @ qt.T)) + cross(s * pv @ qi.T, softmax(st * q @ qi.T))) / 2,
         "relational": (cross(student, softmax(teacher)) + cross(student, softmax(teacher, 0), 0)) / 2,
+        "sigmoid": -float(np.log(np.where(eye == 1, own, 1 - own)).sum() / n),
+        "sigmoid_relational": float(kl.sum() / n),
         "relational_mse": float(((softmax(student / t) - softmax(teacher / t)) ** 2).mean()),
     }
 
@@ -144,15 +165,21 @@ def test_every_loss_is_its_formula() -> None:
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     inputs = doubles()
 
-    def value(u: Tensor, v: Tensor, pu: Tensor, pv: Tensor, scale: Tensor) -> Tensor:
-        return LOSSES[name](replace(inputs, student=(u, v), projected=(pu, pv), student_logit_scale=scale))
+    def value(u: Tensor, v: Tensor, pu: Tensor, pv: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        learned = {"student_logit_scale": scale, "student_logit_bias": bias}
+        return LOSSES[name](replace(inputs, student=(u, v), projected=(pu, pv), **learned))
 
-    leaves = (*inputs.student, *inputs.projected, inputs.student_logit_scale)
+    leaves = (
+        *inputs.student,
+        *inputs.projected,
+        inputs.student_logit_scale,
+        torch.as_tensor(inputs.student_logit_bias),
+    )
     assert torch.autograd.gradcheck(value, tuple(leaf.clone().requires_grad_() for leaf in leaves))
 
 
-@pytest.mark.parametrize("name", ["relational", "relational_mse", "queue"])
-def test_a_softmax_target_gets_no_gradient(name: str) -> None:
+@pytest.mark.parametrize("name", ["relational", "relational_mse", "queue", "sigmoid_relational"])
+def test_a_teachers_target_gets_no_gradient(name: str) -> None:
     """A loss must not fall by moving what is to be reached."""
     inputs = doubles()
     for leaf in (*inputs.student, *inputs.projected, *inputs.teacher):
@@ -164,13 +191,14 @@ def test_a_softmax_target_gets_no_gradient(name: str) -> None:
 
 
 def test_agreement_is_zero_or_the_least_there_is() -> None:
-    """feature, cosine, relational_mse are 0; relational is the teacher's entropy, with no gradient left."""
+    """relational is the teacher's entropy, with no gradient left; those that are 0 are named."""
     base = doubles(student_dim=6)
     p, q = base.teacher
     u = p.clone().requires_grad_()
     scale = torch.tensor(base.teacher_logit_scale, dtype=torch.float64)
-    agreed = replace(base, student=(u, q), projected=(u, q), student_logit_scale=scale)
-    for name in ("feature", "cosine", "relational_mse"):
+    bias = torch.tensor(base.teacher_logit_bias, dtype=torch.float64)
+    agreed = replace(base, student=(u, q), projected=(u, q), student_logit_scale=scale, student_logit_bias=bias)
+    for name in ("feature", "cosine", "relational_mse", "sigmoid_relational"):
         assert LOSSES[name](agreed).item() == pytest.approx(0, abs=1e-15)
     for name in ("relational", "queue"):
         (gradient,) = torch.autograd.grad(LOSSES[name](agreed), u)

@@ -46,7 +46,7 @@ class OneStep:
 
     def __init__(self, photo_cache: Path, student: Path, **changes: Any) -> None:
         reader = EmbeddingReader(str(photo_cache))
-        self.config = train_config(photo_cache, student, photo_cache / "unused", losses=LOSSES, **changes)
+        self.config = train_config(photo_cache, student, photo_cache / "unused", **({"losses": LOSSES} | changes))
         architecture = student_config(str(student))
         preprocess = reader.manifest.identity.preprocess.model_dump(exclude={"probe", "image_size", "antialias"})
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ class OneStep:
         self.student.model.visual.to(memory_format=image_memory_format(self.student.model))
         model, optimizer = fabric.setup(self.student, torch.optim.SGD(self.student.parameters(), lr=1.0))
         self.queue = TeacherQueue(self.config.queue_rows, reader.embed_dim) if self.config.queue_rows else None
-        step = TrainStep(self.config, fabric, model, self.student, optimizer, teacher.logit_scale, 1, self.queue)
+        step = TrainStep(self.config, fabric, model, self.student, optimizer, teacher, 1, self.queue)
         (self.targets,) = teacher.targets([pairs])
         self.values: StepValues = step(0, self.pixels, self.tokens, self.targets, pairs)
 
@@ -77,13 +77,20 @@ def test_parts_have_the_loss_and_the_gradients_of_the_whole(
     photo_cache: Path, tmp_path: Path, micro_batch: int, captions_per_image: int
 ) -> None:
     student = make_student(tmp_path / "student.json")
-    settings = {"learning_rate": 1e-12, "clip_grad_norm": 1e9, "captions_per_image": captions_per_image}
+    student.write_text(json.dumps(json.loads(student.read_text()) | {"init_logit_bias": -3.0}))
+    losses = LOSSES | {"sigmoid": 0.3, "sigmoid_relational": 0.2}
+    settings = {
+        "losses": losses,
+        "learning_rate": 1e-12,
+        "clip_grad_norm": 1e9,
+        "captions_per_image": captions_per_image,
+    }
     whole, parts = (OneStep(photo_cache, student, micro_batch=size, **settings) for size in (None, micro_batch))
     assert parts.values.loss == pytest.approx(whole.values.loss, rel=1e-6)
     assert parts.values.parts == pytest.approx(whole.values.parts, rel=1e-6)
     assert parts.values.grad_norm == pytest.approx(whole.values.grad_norm, rel=1e-5)
     wanted = whole.gradients()
-    assert "model.logit_scale" in wanted
+    assert {"model.logit_scale", "model.logit_bias"} <= set(wanted)
     assert set(parts.gradients()) == set(wanted) == {name for name, _ in whole.student.named_parameters()}
     for name, gradient in parts.gradients().items():
         scale = float(wanted[name].abs().max())
@@ -99,7 +106,7 @@ def test_of_several_captions_the_mean_of_the_losses_counts(photo_cache: Path, tm
     for caption in (0, 1):
         tokens = step.tokens[:, caption]
         assert tokens.shape == (8, 16)
-        image, text, *projected, scale = student(step.pixels, tokens)
+        image, text, *projected, scale, _ = student(step.pixels, tokens)
         teacher = step.targets.image, step.targets.text[:, caption]
         inputs = LossInputs((image, text), tuple(projected), teacher, scale, step.teacher_logit_scale)
         total, _ = weighted_sum(inputs, LOSSES)
@@ -218,6 +225,7 @@ def test_batch_norm_moves_once_per_part(photo_cache: Path, tmp_path: Path) -> No
         {"micro_batch": 3, "captions_per_image": 2},
         # no loss looks at logit_scale, or none at the projections
         {"losses": {"feature": 100.0}, "epochs": 1},
+        {"losses": {"sigmoid": 1.0}, "epochs": 1},
         {"losses": {"contrastive": 1.0}, "epochs": 1, "ema_decay": 0.9, "select_split": "test"},
         {
             "losses": {"queue": 1.0, "interactive": 1.0, "relational_mse": 1.0},
@@ -232,6 +240,7 @@ def test_batch_norm_moves_once_per_part(photo_cache: Path, tmp_path: Path) -> No
         "several captions",
         "several captions in parts",
         "feature only",
+        "sigmoid only",
         "contrastive only",
         "queue",
     ],
