@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -56,14 +57,16 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
             result = run(config, progress)
     print_result(result, as_json, _precomputed_lines)
     if not as_json:
-        _suggest_use(config, result.teacher)
+        _suggest_use(config, result.teacher, result.splits)
 
 
-def _suggest_use(config: PrecomputeConfig, teacher: str) -> None:
+def _suggest_use(config: PrecomputeConfig, teacher: str, splits: Iterable[str]) -> None:
     if config.dataset.startswith("labelled:"):
         suggest_next("zero-shot", "DATASET", cache=config.cache)
     else:
-        suggest_next("train", cache=config.cache, student=first_student(teacher), out="runs/a")
+        split = "" if "train" in splits else next((name for name in splits if "train" in name.lower()), "")
+        named = {"split": split} if split else {}
+        suggest_next("train", cache=config.cache, **named, student=first_student(teacher), out="runs/a")
 
 
 @settings_command(
@@ -89,7 +92,7 @@ def import_folder(config: ImportConfig, as_json: bool) -> None:
             result = import_rows(config, progress)
     print_result(result, as_json, _import_lines)
     if not as_json:
-        _suggest_use(config, result.teacher)
+        _suggest_use(config, result.teacher, ())
 
 
 @settings_command(

@@ -281,6 +281,7 @@ def _require_few_problems(config: PrecomputeConfig, spec: DatasetSpec, dataset: 
             f"{'; '.join(map(str, broken[:_PROBLEMS_NAMED]))}. Nothing was written. Mend them, or name a dataset "
             "without them; --max-problems 10% caches what can be read"
         )
+    _require_few_lost_captions(config, dataset)
     asked = dict(spec.options).get("uncaptioned") == "drop"
     lost = [one for one in dataset.problems if one.lost_image and not (asked and one.kind == "no-caption")]
     images = len(dataset.samples) + len(lost)
@@ -295,6 +296,18 @@ def _require_few_problems(config: PrecomputeConfig, spec: DatasetSpec, dataset: 
         + "; ?uncaptioned=keep behind the dataset caches images without captions"
         * ("no-caption" in kinds)
     )
+
+
+def _require_few_lost_captions(config: PrecomputeConfig, dataset: SampleSet) -> None:
+    problems = [problem for problem in dataset.problems if problem.lost_captions]
+    lost = sum(problem.lost_captions for problem in problems)
+    captions = dataset.num_captions + lost
+    if lost > (allowed := config.allowed_problems(captions)):
+        raise CacheError(
+            f"{config.dataset}: {lost:,} of {counted(captions, 'caption')} would be left out, at most {allowed:,} are "
+            f"allowed. The first: {'; '.join(map(str, problems[:_PROBLEMS_NAMED]))}. Nothing was written. Mend the "
+            f"dataset, or leave them out: --max-problems {lost}"
+        )
 
 
 def plan_dataset(

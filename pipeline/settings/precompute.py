@@ -74,8 +74,8 @@ class PrecomputeConfig(StageConfig):
     view_seed: int | None = Field(None, ge=0, lt=2**32, description="Seed of the random crops. Default: 0.")
     max_problems: str | None = Field(
         None,
-        description="Images that may be missing or unreadable: a number, or a share such as 5%. Default: 10%, at "
-        "least 10.",
+        description="Number of images that may be missing or unreadable, and of captions that may be left out: a "
+        "number, or a share such as 5%. Default: 10%, at least 10.",
     )
     executor: str = Field(
         "local", description="Executor: local (this process), ray (a cluster, or this machine) or ray://HOST:PORT."
@@ -92,7 +92,7 @@ class PrecomputeConfig(StageConfig):
         return None if limit is None else str(limit)
 
     def allowed_problems(self, images: int) -> int:
-        """Return how many of the images that a dataset lists may have no row."""
+        """Return how many of the images, or captions, that a dataset lists may have no row."""
         limit = self.max_problems
         if limit is None:
             return max(images // 10, 10)

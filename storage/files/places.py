@@ -82,8 +82,9 @@ def similar_names(location: str, wanted: str = "") -> str:
 
 
 def similar_name(path: Path) -> str:
-    """Return the most similar name in a path's folder. Empty: none is similar."""
-    return next(iter(get_close_matches(path.name, list(_names(path.parent)), n=1, cutoff=0.7)), "")
+    """Return the most similar name in a path's folder, in whatever case. Empty: none is similar."""
+    by_case = {name.lower(): name for name in _names(path.parent)}
+    return next((by_case[name] for name in get_close_matches(path.name.lower(), by_case, n=1, cutoff=0.7)), "")
 
 
 def _names(folder: Path) -> Iterator[str]:

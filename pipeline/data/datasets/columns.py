@@ -46,13 +46,14 @@ class Row:
     """Row of a table: values by role, None if absent.
 
     The value of the role ``path`` is a path or URL, or the picture itself. ``detail`` says why the row cannot be used,
-    ``broken`` that the rest of the file cannot.
+    ``broken`` that the rest of the file cannot. A text's row that a quote keeps open has several ``lines``.
     """
 
     where: str
     values: dict[str, Any]
     detail: str = ""
     broken: bool = False
+    lines: int = 1
 
 
 def find_columns(root: str, header: Sequence[str], options: Mapping[str, str | None]) -> dict[str, int]:

@@ -50,6 +50,11 @@ def is_image(path: Path) -> bool:
     return path.name.lower().endswith(IMAGE_ENDINGS) and not path.name.startswith(".")
 
 
+def is_table(name: str) -> bool:
+    """Return whether a file is a table by its ending."""
+    return name.lower().endswith(TABLE_ENDINGS)
+
+
 def is_columnar(name: str) -> bool:
     """Return whether a file is Parquet or Arrow by its ending."""
     return name.lower().split("?")[0].endswith(_COLUMNAR_ENDINGS)
@@ -136,6 +141,8 @@ def local_folder(kind: str, root: str) -> Path:
         path = require_there(root)
         if path.is_dir():
             return path
+        if is_table(root):
+            raise UsageError(f"{root} is a table: write table:{root}")
         what = "a file"
     raise UsageError(f"{root} is {what}; write {kind}:FOLDER")
 
@@ -267,13 +274,25 @@ def as_text(file: IO[bytes], encoding: str = "utf-8") -> io.TextIOWrapper:
     Raises:
         UsageError: no text encoding has this name.
     """
+    name = text_encoding(encoding)
+    return io.TextIOWrapper(
+        file, encoding="utf-8-sig" if name == "utf-8" else name, errors="surrogateescape", newline=""
+    )
+
+
+def text_encoding(name: str) -> str:
+    """Return Python's own name of a text encoding.
+
+    Raises:
+        UsageError: no text encoding has this name.
+    """
     try:
-        name = codecs.lookup(encoding).name
-        if name == "utf-8":
-            name = "utf-8-sig"
-        return io.TextIOWrapper(file, encoding=name, errors="surrogateescape", newline="")
+        found = codecs.lookup(name)
+        if found._is_text_encoding:
+            return found.name
     except (LookupError, ValueError):
-        raise UsageError(f"encoding={printable(encoding)!r} is not known; write for example encoding=latin-1") from None
+        pass
+    raise UsageError(f"encoding={printable(name)!r} is not known; write for example encoding=latin-1")
 
 
 def require_utf8(text: str, where: str) -> None:

@@ -55,12 +55,14 @@ class Problem:
         detail: description in one sentence. Both are made printable.
         lost_image: True if an image gets no row because of this. A lost caption or a second listing loses no image, so
             that images = rows + lost images.
+        lost_captions: number of captions that are left out although their image may have a row.
     """
 
     kind: ProblemKind
     where: str
     detail: str
     lost_image: bool
+    lost_captions: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("where", "detail"):
@@ -117,7 +119,8 @@ def clean_captions(sample_id: str, captions: Iterable[str]) -> tuple[tuple[str, 
         text, replaced = NOT_TEXT.subn("\ufffd", caption.strip())
         kind, detail = _caption_problem(number, text, replaced)
         if kind is not None:
-            problems.append(Problem(kind, sample_id, detail, lost_image=False))
+            dropped = int(len(text) > MAX_CAPTION_CHARACTERS)
+            problems.append(Problem(kind, sample_id, detail, lost_image=False, lost_captions=dropped))
         if text and len(text) <= MAX_CAPTION_CHARACTERS:
             texts.append(text)
     return tuple(texts), problems

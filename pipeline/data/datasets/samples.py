@@ -218,7 +218,8 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
     if not usable.samples:
         missing = [problem.kind for problem in usable.problems[:1]] == ["missing-file"]
         there = found_instead(source.root, listed.samples[0].uri) if missing else ""
-        raise UsageError(f"{spec}: {why_none(usable.problems)}{there and f'; there is {there}'}")
+        slashes = "; write / for each backslash in the paths" * bool(there and "\\" in listed.samples[0].uri)
+        raise UsageError(f"{spec}: {why_none(usable.problems)}{there and f'; there is {there}{slashes}'}")
     return usable, digests
 
 

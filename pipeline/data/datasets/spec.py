@@ -68,6 +68,7 @@ class DatasetSpec:
         path, question, query = rest.rpartition("?")
         if not question or "=" not in query:
             path, query = rest, ""
+        _refuse_misread_settings(kind, path)
         if not path:
             raise UsageError(f"dataset {shown!r} has no path; write {kind or 'KIND'}:PATH")
         options = tuple(parse_qsl(query, keep_blank_values=True))
@@ -108,6 +109,25 @@ def refuse_credentials(what: str, text: str) -> None:
             f"{what}{printable(text)} holds a password, a signature or a key, which the cache would keep. Give "
             "credentials through the environment or the storage library's own files, or download the data first."
         )
+
+
+def _refuse_misread_settings(kind: str, path: str) -> None:
+    """Check that a path holds no settings that were meant to stand behind it."""
+    try:
+        if "://" in path or Path(_at_home(path)).exists():
+            return
+    except OSError:  # no path at all: the adapter says so
+        return
+    before, mark, wrong = path.partition("&" if "&" in path else "?")
+    shown = printable(f"{kind}:" * bool(kind) + before)
+    if mark == "&" and "=" in wrong and "?" not in before:
+        raise UsageError(f"{shown}: settings follow a question mark: '{shown}?{printable(wrong)}'")
+    if mark == "?" and "=" in wrong:
+        raise UsageError(
+            f"{shown}: has two question marks; join settings by &: '{shown}?{printable(wrong)}&NAME=VALUE'"
+        )
+    if mark == "?" and wrong.isidentifier():
+        raise UsageError(f"{shown}: the setting {wrong} has no value: '{shown}?{wrong}=VALUE'")
 
 
 def _at_home(text: str) -> str:
@@ -151,6 +171,13 @@ def _kind_of_name(path: str) -> str:
     return "karpathy" if Path(name).match("dataset*.json") else ""
 
 
+_NOT_READ: dict[str | tuple[str, ...], str] = {
+    ".txt": "if it is a table of path and caption, write table:{}",
+    (".jsonl", ".json"): "lines of JSON are not read: save it as CSV or Parquet with the columns path and caption",
+    (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"): "tars are read in place: unpack the compression first",
+}
+
+
 def _kind_of_folder(path: Path) -> str:
     """Return the kind of a folder by what is in it.
 
@@ -159,7 +186,10 @@ def _kind_of_folder(path: Path) -> str:
     """
     shown = printable(str(path))
     if not path.is_dir():
-        raise UsageError(f"dataset {shown!r} has no kind, and its ending shows none; write {KIND_OF}")
+        advice = next(
+            (said for ending, said in _NOT_READ.items() if shown.lower().endswith(ending)), f"write {KIND_OF}"
+        )
+        raise UsageError(f"dataset {shown!r} has no kind, and its ending shows none; {advice.format(shown)}")
     forms = {
         "table": (path / name for name in ("dataset_dict.json", "dataset_info.json")),  # save_to_disk of datasets
         "coco": (path / "annotations").glob("captions_*.json"),

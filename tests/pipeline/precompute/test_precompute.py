@@ -255,6 +255,50 @@ def test_too_many_missing_images_stop_the_run_before_it_writes(
     assert precompute(make_config(photos, tiny_teacher, tmp_path / "c")).chunks_encoded == 0
 
 
+@pytest.mark.parametrize(
+    ("header", "line", "said"),
+    [
+        ("path,caption", '{0}.png,"A quote that is open."', ""),
+        (
+            "id,path,caption",
+            "{1},{0}.png,A.",
+            r"48 of 72 captions would be left out, at most 10 are allowed\. The first: t\.csv line 3: 0\.png has the "
+            r"id '1' here and '0' in an earlier row \(\?id= leaves the ids out\); .* Nothing was written\. Mend the "
+            r"dataset, or leave them out: --max-problems 48$",
+        ),
+        (
+            "path,caption,split",
+            "{0}.png,A.,s{1}",
+            r"48 of 72 captions would be left out, .* t\.csv line 3: 0\.png has split 's1' here and 's0' in an earlier",
+        ),
+        ("path,caption", '{0}.png,A." B', ""),
+        (
+            "path,caption",
+            '{0}.png,"A.{2}',
+            r"36 of 72 captions would be left out, .* t\.csv lines 38-39: not CSV \(.*\); is a quote in line 38 not",
+        ),
+    ],
+)
+def test_too_many_lost_captions_stop_the_run_before_it_writes(
+    header: str, line: str, said: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    lines = [header]
+    for number in range(72):
+        image = number // 3
+        save_image(tmp_path / f"{image}.png", 10 * image)
+        lines.append(line.format(image, number, "" if number >= 36 else '"'))
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    settings = {"dataset": f"table:{tmp_path}/t.csv", "teacher": f"local-dir:{tiny_teacher}", "device": "cpu"}
+    config = PrecomputeConfig(**settings, cache=str(tmp_path / "c"))
+    if not said:
+        assert precompute(config).captions == 72
+        return
+    with pytest.raises(CacheError, match=said):
+        precompute(config)
+    assert not (tmp_path / "c").exists()
+    assert precompute(config.model_copy(update={"max_problems": "48"})).captions in (24, 36)
+
+
 def test_a_tar_that_is_broken_or_missing_stops_the_run(
     tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from importlib import import_module
 from inspect import signature
 from types import ModuleType
 
-from teacher_cache.pipeline.data.datasets.files import require_there
+from teacher_cache.pipeline.data.datasets.files import require_there, text_encoding
 from teacher_cache.pipeline.data.datasets.holdout import held_out_share, with_drawn_split
 from teacher_cache.pipeline.data.datasets.records import Record, Sample, Uncaptioned
 from teacher_cache.pipeline.settings.names import did_you_mean
@@ -29,6 +29,8 @@ _ALSO_CALLED = {"csv": "table", "tsv": "table", "parquet": "table", "tar": "webd
 # settings of every kind, beside those of its own
 _HOLDOUT, _UNCAPTIONED = "holdout", "uncaptioned"
 _SHARED = (_HOLDOUT, _UNCAPTIONED)
+_DELIMITERS = ": tabs, commas, semicolons and bars are told apart from the header"
+_ADVICE = {("table", name): _DELIMITERS for name in ("delimiter", "delim", "sep", "separator")}
 
 
 def require_kind(kind: str) -> None:
@@ -92,7 +94,10 @@ def _settings(module: ModuleType, kind: str, options: dict[str, str]) -> tuple[d
     known = [*of_module, *(name for name in _SHARED if name not in of_module)]
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise UsageError(f"dataset kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
+        hint = _ADVICE.get((kind, unknown[0]), "")
+        raise UsageError(f"dataset kind {kind!r} has no option {unknown[0]!r}{hint}; it has {', '.join(known)}")
+    if "encoding" in options:
+        text_encoding(options["encoding"] or "utf-8")
     uncaptioned = options.get(_UNCAPTIONED, "keep" if kind == "images" else "drop")
     if uncaptioned not in ("keep", "drop"):
         raise UsageError(f"uncaptioned={printable(uncaptioned)!r} is not known; it is one of keep, drop")

@@ -96,9 +96,9 @@ def _read_split(split: str, file_name: str, folder: str, table: dict[str, list[o
         owner, caption = _id(entry, "image_id"), _get(entry, "caption")
         where = f"{file_name} annotations[{number}]"
         if owner is None or not isinstance(caption, str):
-            yield Problem("bad-record", where, "no image_id and caption in it", lost_image=False)
+            yield Problem("bad-record", where, "no image_id and caption in it", lost_image=False, lost_captions=1)
         elif owner not in captions:
-            yield Problem("no-image", where, f"no image has the id {owner}", lost_image=False)
+            yield Problem("no-image", where, f"no image has the id {owner}", lost_image=False, lost_captions=1)
         else:
             captions[owner].append(caption)
 

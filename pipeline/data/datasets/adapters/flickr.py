@@ -160,7 +160,8 @@ def _read_captions(path: Path) -> Iterator[tuple[str, str] | Problem]:
             parsed = parse(line.rstrip("\r\n"))
             if isinstance(parsed, str):
                 shown = printable(line.strip()[:80])
-                yield Problem("bad-record", f"{path.name} line {number}", f"{parsed}: {shown!r}", lost_image=False)
+                where, detail = f"{path.name} line {number}", f"{parsed}: {shown!r}"
+                yield Problem("bad-record", where, detail, lost_image=False, lost_captions=1)
             else:
                 yield parsed
 

@@ -62,7 +62,7 @@ def read(root: str, *, images: str = "") -> Iterator[Record]:
                 captions.append(raw)
             else:
                 detail = f"sentence {index} of {printable(name)} has no raw text"
-                yield Problem("bad-record", where, detail, lost_image=False)
+                yield Problem("bad-record", where, detail, lost_image=False, lost_captions=1)
         split = entry.get("split")
         if not isinstance(split, str):
             detail = f"{printable(name)} has no split; it is kept with none"

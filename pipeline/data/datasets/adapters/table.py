@@ -4,8 +4,8 @@
                                     images/one.jpg,A dog runs.,train
                                     images/one.jpg,"A dog, running.",train
 
-Text is separated by tabs, commas or semicolons: by the first of them that sets the column of paths apart in the header.
-It is UTF-8, with or without a byte-order mark, unless ``?encoding=`` names another encoding. With
+Text is separated by tabs, commas, semicolons or bars: by the first of them that sets the column of paths apart in the
+header. It is UTF-8, with or without a byte-order mark, unless ``?encoding=`` names another encoding. With
 ``?encoding=utf-8`` broken characters become U+FFFD and are counted; without it they are refused.
 
 A path is relative to the table's folder and below it, absolute, or a URL without a password or a signature (a cache
@@ -51,7 +51,7 @@ from teacher_cache.storage.files.places import SPREADSHEET, TAR, kind_of
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import printable
 
-_DELIMITERS = "\t,;"
+_SEPARATED = {"\t": "a tab", ",": "a comma", ";": "a semicolon", "|": "a bar"}
 
 
 @dataclass
@@ -80,7 +80,8 @@ def read(
             header.
         path: column of paths, URLs or pictures.
         caption: column of captions. Empty (``?caption=``): the images are to have none.
-        split: column of splits. Without it a split is ``""``, or the one that names a file or folder below ``root``.
+        split: column of splits; an empty cell takes the image's split from another row. Without the column a split is
+            ``""``, or the one that names a file or folder below ``root``.
         id: column of sample ids, the same in all rows of an image.
         encoding: encoding of a text, for example ``cp1252``. Default: UTF-8 without broken characters.
 
@@ -90,14 +91,14 @@ def read(
     options = {"path": path, "caption": caption, "split": split, "id": id}
     images: dict[str, _Image] = {}
     ids: set[str] = set()
-    unusable: list[tuple[str, str, str]] = []  # where, detail, path
+    unusable: list[tuple[Row, str, str]] = []  # row, detail, path
     for row in _rows(root, options, encoding):
         if row.broken:
             yield Problem("broken-file", row.where, row.detail, lost_image=False)
             continue
         key, place, detail = _placed(row)
         if detail:
-            unusable.append((row.where, detail, key))
+            unusable.append((row, detail, key))
             continue
         own_id = row.values.get("id")
         sample_id = str(own_id) if own_id not in (None, "") else key
@@ -105,18 +106,20 @@ def read(
             sample_id = place.name
         row_split = str(row.values.get("split") or "")
         image = images.setdefault(key, _Image(sample_id, row_split, place))
+        image.split = image.split or row_split
         ids.add(image.sample_id)
-        differs = _difference(image, sample_id, row_split)
+        differs, own = _difference(image, sample_id, row_split), _captions(row.values.get("caption"))
         if differs:
             detail = f"{printable(key)} has {differs}; the caption of this row is left out"
-            yield Problem("bad-record", row.where, detail, lost_image=False)
+            yield Problem("bad-record", row.where, detail, lost_image=False, lost_captions=len(own))
         else:
-            image.captions.extend(_captions(row.values.get("caption")))
+            image.captions.extend(own)
 
     # after the last row: the image of a bad row may have good rows too
     counted = {"", *images}
-    for where, detail, key in unusable:
-        yield Problem("bad-record", where, detail, lost_image=key not in counted)
+    for row, detail, key in unusable:
+        lost_image = key not in counted
+        yield Problem("bad-record", row.where, detail, lost_image, lost_captions=row.lines)
         counted.add(key)
     for image in images.values():
         captions, place = None if caption == "" else image.captions, image.place
@@ -151,6 +154,10 @@ def _rows(root: str, options: Mapping[str, str | None], encoding: str) -> Iterat
             raise UsageError(f"{root} is a tar of images: write webdataset:{root}")
         if kind_of(root) == SPREADSHEET:
             raise UsageError(f"{root} is a spreadsheet: save it as CSV (UTF-8) with the columns path and caption")
+        if root.lower().endswith((".jsonl", ".ndjson", ".json")):
+            raise UsageError(
+                f"{root}: JSON is no table here: save it as CSV or Parquet with the columns path and caption"
+            )
         name = root.rstrip("/").rpartition("/")[2]
         with _open(root) as file:
             rows = _text_rows(as_text(file, encoding or "utf-8"), root, name, options)
@@ -195,7 +202,7 @@ def _readable(root: str) -> Iterator[None]:
 
 
 def _difference(image: _Image, sample_id: str, split: str) -> str:
-    if split != image.split:
+    if split and split != image.split:
         return f"split {printable(split)!r} here and {printable(image.split)!r} in an earlier row"
     if sample_id != image.sample_id:
         return (
@@ -214,10 +221,10 @@ def _captions(value: Any) -> list[str]:
 def _delimiter(first: str, path: str | None) -> str:
     """Return the first delimiter that sets the column of paths apart, else the first in the line."""
     names = (path.lower(),) if path else COLUMNS["path"]
-    for delimiter in _DELIMITERS:
+    for delimiter in _SEPARATED:
         if {column.strip(' "').lower() for column in first.rstrip("\r\n").split(delimiter)}.intersection(names):
             return delimiter
-    return next((delimiter for delimiter in _DELIMITERS if delimiter in first), ",")
+    return next((delimiter for delimiter in _SEPARATED if delimiter in first), ",")
 
 
 def _first_line(text: io.TextIOWrapper, root: str) -> str:
@@ -228,7 +235,10 @@ def _first_line(text: io.TextIOWrapper, root: str) -> str:
     if not first:
         raise UsageError(f"{root}: is empty; write a header, path,caption, and one row for each caption")
     if "\0" in first:
-        raise UsageError(f"{root}: not {text.encoding}; if a spreadsheet wrote it, add ?encoding=utf-16")
+        # without a byte-order mark "utf-16" is refused; ASCII has its zeros in the odd or in the even bytes
+        marked, little = first.startswith(("\ufeff", "\udcff", "\udcfe")), first.find("\0") % 2 == 1
+        guess = "utf-16" if marked else "utf-16-le" if little else "utf-16-be"
+        raise UsageError(f"{root}: not UTF-8; if a spreadsheet wrote it, add ?encoding={guess}")
     return first
 
 
@@ -237,11 +247,11 @@ def _text_rows(file: io.TextIOWrapper, root: str, name: str, options: Mapping[st
         first = _first_line(text, root)
         delimiter = _delimiter(first, options.get("path"))
         try:
-            header = next(csv.reader([first], delimiter=delimiter), [])
+            header = next(csv.reader([first], delimiter=delimiter, skipinitialspace=True), [])
         except csv.Error as error:
             raise UsageError(f"{root}: the first line is no header ({error}); name the columns in it") from error
         columns = find_columns(root, header, options)
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        rows = csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
         begin = 2
         while True:
             detail = ""
@@ -253,11 +263,14 @@ def _text_rows(file: io.TextIOWrapper, root: str, name: str, options: Mapping[st
             except csv.Error as error:
                 detail = f"not CSV ({error})"
             end = rows.line_num + 1  # the csv reader has not read the header
-            where = f"{name} line {begin}" if end == begin else f"{name} lines {begin}-{end}"
+            lines, where = end + 1 - begin, f"{name} line {begin}" if end == begin else f"{name} lines {begin}-{end}"
+            if detail and lines > 1:
+                detail += f"; is a quote in line {begin} not closed?"
             begin = end + 1
             if not fields and not detail:
                 continue
             if not detail and len(fields) != len(header):
                 detail = f"{len(fields)} fields where the header has {len(header)}"
+                detail += f"; a caption with {_SEPARATED[delimiter]} stands in quotes" * (len(fields) > len(header))
             values = {role: fields[index] for role, index in columns.items() if index < len(fields)}
-            yield Row(where, values, detail)
+            yield Row(where, values, detail, lines=lines)

@@ -132,7 +132,7 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key", en
         elif member.texts:
             others = f" and {', '.join(member.others)}, which is not read" if member.others else ""
             detail = f"{uri}: there is no image beside {', '.join(member.texts)}{others}"
-            yield Problem("no-image", sample_id, detail, lost_image=False)
+            yield Problem("no-image", sample_id, detail, lost_image=False, lost_captions=1)
     say_several_lines(root, glued)
 
 

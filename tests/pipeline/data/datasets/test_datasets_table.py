@@ -208,8 +208,25 @@ def test_each_thing_wrong_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
     assert (
         details[0] == "a.jpg has split 'test' here and 'train' in an earlier row; the caption of this row is left out"
     )
-    assert details[1] == "4 fields where the header has 3"
+    assert details[1] == "4 fields where the header has 3; a caption with a comma stands in quotes"
     assert details[5] == "'../out.jpg' leaves the folder of the table; write an absolute path"
+
+
+def test_a_space_before_a_quote_and_bars_are_read(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('path, caption\na.jpg, "One, two."\nb.jpg, Three.\n')
+    assert [(one.uri, one.captions) for one in read("table", tmp_path / "t.csv")[0]] == [
+        ("a.jpg", ("One, two.",)),
+        ("b.jpg", ("Three.",)),
+    ]
+    (tmp_path / "t.csv").write_text("path|caption\na.jpg|One, two.\n")
+    assert read("table", tmp_path / "t.csv")[0][0].captions == ("One, two.",)
+
+
+def test_an_empty_cell_takes_the_split_of_another_row(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,caption,split\na.jpg,A.,\na.jpg,B.,test\na.jpg,C.,\nb.jpg,D.,\n")
+    samples, problems = read("table", tmp_path / "t.csv")
+    assert [(one.split, one.captions) for one in samples] == [("test", ("A.", "B.", "C.")), ("", ("D.",))]
+    assert problems == []
 
 
 def test_a_table_without_the_columns_says_which_it_has(tmp_path: Path) -> None:
@@ -227,10 +244,11 @@ def test_a_table_without_the_columns_says_which_it_has(tmp_path: Path) -> None:
     table.write_text("path,caption\n")
     with pytest.raises(ValueError, match=r"t\.csv: has a header and no row below it"):
         check_dataset(f"table:{table}")
-    table.write_text("path,caption\na.jpg,b\n", encoding="utf-16")
-    with pytest.raises(ValueError, match=r"t\.csv: not utf-8-sig; .* add \?encoding=utf-16"):
-        read("table", table)
-    assert [sample.uri for sample in read("table", table, encoding="utf-16")[0]] == ["a.jpg"]
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):  # the first has a byte-order mark
+        table.write_text("path,caption\na.jpg,b\n", encoding=encoding)
+        with pytest.raises(ValueError, match=rf"t\.csv: not UTF-8; .* add \?encoding={encoding}$"):
+            read("table", table)
+        assert [sample.uri for sample in read("table", table, encoding=encoding)[0]] == ["a.jpg"]
     table.write_text("")
     with pytest.raises(ValueError, match=r"nowhere\.csv: not there; .* holds t\.csv"):
         read("table", tmp_path / "nowhere.csv")

@@ -92,10 +92,13 @@ def test_a_url_needs_no_kind_where_its_ending_shows_it() -> None:
         ("table:HERE/pair.csv", r"HERE/pair\.csv: not there; HERE/pairs\.csv is$"),
         ("HERE/pair.csv", r"HERE/pair\.csv: not there; HERE/pairs\.csv is$"),
         ("images:HERE/pcs/more", r"HERE/pcs/more: HERE/pcs is not there; HERE/pics is$"),
-        ("coco:HERE/zzz", r"HERE/zzz: not there; HERE holds empty/, nohead\.csv, notes\.txt, pairs\.csv, pics/$"),
+        (
+            "coco:HERE/zzz",
+            r"HERE/zzz: not there; HERE holds a\.jsonl, a\.tar\.gz, empty/, nohead\.csv, .*, pairs\.csv, pics/$",
+        ),
         ("HERE", r"has no kind, and holds .*for a table in it write table:HERE/nohead\.csv; write KIND:PATH with"),
         ("HERE/empty", r"'HERE/empty' has no kind, and holds nothing; write KIND:PATH with one of coco, .*labelled$"),
-        ("HERE/notes.txt", r"'HERE/notes\.txt' has no kind, and its ending shows none; write KIND:PATH with"),
+        ("HERE/notes.doc", r"'HERE/notes\.doc' has no kind, and its ending shows none; write KIND:PATH with"),
         ("table:HERE/pairs.csv?captions=x", r"'table' has no option 'captions'; it has path, caption, split, id, enc"),
         ("table:HERE/pairs.csv?caption=words", r"pairs\.csv: no column 'words' for caption=\. .* are path, caption$"),
         (
@@ -103,6 +106,26 @@ def test_a_url_needs_no_kind_where_its_ending_shows_it() -> None:
             r"for caption=\. Did you mean caption\? Its columns are path, caption$",
         ),
         ("table:HERE/nohead.csv", r"first line names a picture \(pics/0\.png\): is it a header\? Add a line path,capt"),
+        ("table:HERE/PAIRS.CSV", r"HERE/PAIRS\.CSV: not there; HERE/pairs\.csv is$"),
+        (
+            "HERE/notes.txt",
+            r"its ending shows none; if it is a table of path and caption, write table:HERE/notes\.txt$",
+        ),
+        ("HERE/a.jsonl", r"lines of JSON are not read: save it as CSV or Parquet with the columns path and caption$"),
+        ("table:HERE/a.jsonl", r"a\.jsonl: JSON is no table here: save it as CSV or Parquet with the columns path"),
+        ("HERE/a.tar.gz", r"its ending shows none; tars are read in place: unpack the compression first$"),
+        (
+            "table:HERE/pairs.csv?sep=;",
+            r"no option 'sep': tabs, commas, semicolons and bars are told apart from the he",
+        ),
+        ("images:HERE/pairs.csv", r"HERE/pairs\.csv is a table: write table:HERE/pairs\.csv$"),
+        ("coco:HERE/pairs.csv", r"HERE/pairs\.csv is a table: write table:HERE/pairs\.csv$"),
+        ("table:HERE/pairs.csv&id=a", r"settings follow a question mark: 'table:HERE/pairs\.csv\?id=a'$"),
+        (
+            "table:HERE/pairs.csv?id=a?path=b",
+            r"two question marks; join settings by &: 'table:HERE/pairs\.csv\?id=a&NAME",
+        ),
+        ("HERE/pairs.csv?holdout", r"the setting holdout has no value: 'HERE/pairs\.csv\?holdout=VALUE'$"),
         ("table:HERE/pairs.csv?encoding=latin-8x", r"encoding='latin-8x' is not known; write for example encoding="),
         ("imagefolder:HERE/pics", r"no <class>/\*\.jpg .*found 0\.png; for pictures without classes write images:HERE"),
         ("images:HERE/empty", r"HERE/empty: no picture in or below it; found nothing$"),
@@ -117,7 +140,8 @@ def test_what_is_wrong_with_a_dataset_is_named_at_once(typed: str, said: str, tm
     _guessed_kind.cache_clear()
     save_image(tmp_path / "pics" / "0.png")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").touch()
+    for name in ("a.jsonl", "a.tar.gz", "notes.doc", "notes.txt"):
+        (tmp_path / name).touch()
     (tmp_path / "pairs.csv").write_text("path,caption\npics/0.png,A.\n")
     (tmp_path / "nohead.csv").write_text("pics/0.png,A.\n")
     with pytest.raises(UsageError, match=said.replace("HERE", str(tmp_path))):
@@ -128,7 +152,8 @@ def test_what_is_wrong_with_a_dataset_is_named_at_once(typed: str, said: str, tm
 def test_a_picture_that_is_elsewhere_is_named(listed: str, tmp_path: Path) -> None:
     save_image(tmp_path / "pictures/a.jpg")
     (tmp_path / "pairs.csv").write_text(f"path,caption\n{listed},A.\n")
-    with pytest.raises(UsageError, match=r"does not exist; there is pictures/a\.jpg$"):
+    slashes = "; write / for each backslash in the paths" * ("\\" in listed)
+    with pytest.raises(UsageError, match=rf"does not exist; there is pictures/a\.jpg{slashes}$"):
         load_samples(DatasetSpec.parse(f"table:{tmp_path}/pairs.csv"))
 
 
