@@ -294,7 +294,7 @@ def make_model_folder(path: Path, seed: int = 0, preprocess: dict[str, Any] | No
     text = json.dumps({"model_cfg": config, "preprocess_cfg": {**preprocess, "resize_mode": "shortest"}})
     (path / "open_clip_config.json").write_text(text)
     torch.manual_seed(seed)
-    model = open_clip.create_model(f"local-dir:{path}", load_weights=False)
+    model = open_clip.create_model(f"local-dir:{path}", load_weights=False, pretrained_text=False)
     save_file(model.state_dict(), path / "open_clip_model.safetensors")
     return path
 

@@ -147,8 +147,10 @@ def require_plain_files(folder: Path, what: str) -> None:
             raise UsageError(f"{what}: {path} is no plain file; remove it")
 
 
-def load_tokenizer(source: str, config: dict[str, Any], context_length: int | None) -> Any:
+def load_tokenizer(source: str, config: dict[str, Any]) -> Any:
     """Return the tokenizer of a model: CLIP's own without torch, any other from open_clip.
+
+    Its context length is the config's, or 77: a text tower of transformers allows more than it has learned, or any.
 
     Tokenizers of ``transformers`` are loaded without running code. ``source`` is open_clip's name of the model.
     """
@@ -156,7 +158,7 @@ def load_tokenizer(source: str, config: dict[str, Any], context_length: int | No
     foreign = text.get("hf_tokenizer_name")
     refuse = {"trust_remote_code": False} if foreign else {}
     with hub_within_reach(f"tokenizer {foreign!r}") if foreign else nullcontext():
-        return clip_tokenizer(open_clip.get_tokenizer(source, context_length=context_length, **refuse))
+        return clip_tokenizer(open_clip.get_tokenizer(source, **refuse))
 
 
 def clip_tokenizer(tokenizer: Any) -> Any:

@@ -355,7 +355,7 @@ def student_tokenizer(config: dict[str, Any]) -> Any:
     """Load the tokenizer that a model config names, at its context length."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CHECKPOINT_CONFIG).write_text(json.dumps({"model_cfg": _plain(config)}))
-        return load_tokenizer(f"local-dir:{folder}", config, config["text_cfg"].get("context_length"))
+        return load_tokenizer(f"local-dir:{folder}", config)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class LiveTeacher:
 
     def tokenizer_identity(self) -> TokenizerIdentity:
         """Return the tokenizer's part of a cache's identity."""
-        return tokenizer_identity(self.tokenizer, int(self.model.context_length))  # type: ignore[arg-type]
+        return tokenizer_identity(self.tokenizer, int(self.tokenizer.context_length))
 
 
 def load_teacher(
@@ -256,7 +256,7 @@ def _load_open_clip(name: str, pretrained: str | None, what: str) -> tuple[torch
         pretrained_image=False,
         pretrained_text=False,
     )
-    tokenizer = load_tokenizer(source, architecture or {}, getattr(model, "context_length", None))
+    tokenizer = load_tokenizer(source, architecture or {})
     if not architecture:
         raise UsageError(f"{what}: open_clip built it, but gives no model config to record")
     return model, tokenizer, {**architecture, "quick_gelu": True} if quick_gelu else architecture

@@ -36,7 +36,7 @@ def shorten(tokens: Tensor) -> Tensor:
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
     """Return text features, not normalised, of (batch, length) int64 token ids at full or shortened length."""
-    if tokens.shape[1] == model.context_length:
+    if tokens.shape[1] == model.context_length or not can_shorten(model):
         features: Tensor = model.encode_text(tokens)
         return features
     return encode_any_length(model, tokens)
