@@ -19,6 +19,7 @@ CASES = {
     "flows/test_service.py::test_a_port_that_is_taken_is_named": 0,
     "flows/test_student_flows.py": 0,
     "pipeline/cli/test_no_secrets.py": 2,
+    "pipeline/cli/test_teacher_families.py::test_a_family_goes_through_every_command": 1,
     "pipeline/data/batches/test_pixels.py::test_killed_at_any_moment_it_goes_on_to_the_same_bytes": 1,
     "pipeline/data/batches/test_pixels.py::test_the_commands": 0,
     "pipeline/models/test_depthwise.py::test_compiled_it_trains_as_it_does_eagerly": 0,

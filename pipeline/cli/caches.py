@@ -139,7 +139,7 @@ def verify(settings: Settings[ProofConfig], as_json: bool) -> None:
 @command("repair", example="repair coco.cache")
 @cache_argument()
 @click.option("--dataset", help="Dataset as KIND:PATH, if it moved. Default: the recorded one.")
-@click.option("--teacher", help="Teacher, as for precompute. Required for a local-dir teacher only.")
+@click.option("--teacher", help="Teacher, as for precompute. Required for a teacher in a folder only.")
 @click.option("--pretrained", help=PrecomputeConfig.model_fields["pretrained"].description)
 @click.option("--device", default="auto", help=f"{PrecomputeConfig.model_fields['device'].description} Default: auto.")
 @json_flag

@@ -94,6 +94,11 @@ class _Model(nn.Module):
         self.context_length = context_length
 
     @property
+    def visual(self) -> nn.Module:
+        tower: nn.Module = self.inner.vision_model
+        return tower
+
+    @property
     def logit_scale(self) -> Tensor:
         scale: Tensor = self.inner.logit_scale
         return scale

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from PIL import Image
 
+from teacher_cache.pipeline.models.inherit.run import inherit
 from teacher_cache.pipeline.models.teacher import LiveTeacher, is_surely, load_teacher
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings import names
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.student import InheritConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -177,6 +179,8 @@ def test_what_cannot_be_a_teacher_is_said_in_a_line(tmp_path: Path, monkeypatch:
     assert "nowhere. Name the folder of a transformers model, or its ORG/REPO" in said(str(tmp_path / "nowhere"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set, and there is no local copy" in said("google/siglip-base-patch16-224")
+    with pytest.raises(UsageError, match=r"only weights of open_clip's towers are inherited"):
+        inherit(InheritConfig(teacher="transformers:a/b", student="vit-ti-32", out=str(tmp_path / "start")))
     for missing in ("transformers", "sentencepiece"):
         monkeypatch.setattr(names, "find_spec", lambda name, missing=missing: None if name == missing else name)
         wanted = rf"needs {missing}, which is not installed: .*pip install .*\[transformers\]'"
