@@ -43,6 +43,7 @@ from teacher_cache.pipeline.settings.names import without_path
 from teacher_cache.pipeline.settings.recipes import trains_bias
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
+from teacher_cache.storage.read.reader import EmbeddingReader
 
 
 class DeployResult(BaseModel, frozen=True):
@@ -63,7 +64,7 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
     Raises:
         UsageError: ``out`` exists, the checkpoint or split does not, the teacher cannot be loaded, or the architecture
             cannot be exported.
-        CacheMismatchError: the cache was made by another teacher, or the run was trained on another cache.
+        CacheMismatchError: the cache was made by another teacher or with other preprocessing.
         DeploymentError: weights are not finite, or a file failed its gate; the message says by how much. Nothing is
             written.
         OSError: an image cannot be read.
@@ -77,7 +78,7 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
     run.require_finished(record)
     checkpoint = run.checkpoint_path(config.checkpoint)
     evaluated = EvaluateConfig(**config.model_dump(include=set(EvaluateConfig.model_fields)))
-    split = open_split(evaluated, f"{config.run} was trained on another cache: leave --cache out.")
+    split = open_split(evaluated)
     zero_shot = None
     if config.zero_shot is not None:
         zero_shot = open_labelled(ZeroShotConfig(dataset=config.zero_shot, prompts=config.prompts or ""))
@@ -87,8 +88,13 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
     require_finite_weights(checkpoint, student)
     calibration = None
     if config.int8:
-        rows = split.reader.image_rows(record.config.split)
-        calibration = calibration_batches(split, rows, student.preprocess.to_config(), config.calibration_images)
+        reader, root = split.reader, split.image_root
+        if split.accepted_mismatches:  # other data are measured than it learned from
+            reader, root = EmbeddingReader(record.config.cache), record.image_root
+        rows = reader.image_rows(record.config.split)
+        rows = rows[np.linspace(0, len(rows) - 1, min(config.calibration_images, len(rows))).round().astype(np.int64)]
+        images = CachedImages(reader, ImageSource(root), rows.tolist())
+        calibration = calibration_batches(images, rows, student.preprocess.to_config())
     run_name = run.path.resolve().name
     with new_folder(out) as folder:
         deployment, reports = write_files(
@@ -212,23 +218,18 @@ def _trained_bias(student: Student, record: RunRecord) -> float | None:
 
 
 def calibration_batches(
-    split: EvaluationSplit, rows: NDArray[np.int64], preprocess: dict[str, Any], images: int
+    images: CachedImages, rows: NDArray[np.int64], preprocess: dict[str, Any]
 ) -> Callable[[], Iterator[NDArray[np.float32]]]:
     """Return a call that yields batches of the student's input: float32 (16 or fewer, 3, height, width).
 
     Args:
-        split: any split of the cache; locates the images.
-        rows: cache rows of training images, since the others are measured.
-        images: number of images, evenly spaced over ``rows``.
+        rows: rows of training images, since the others are measured.
     """
-    taken = rows[np.linspace(0, len(rows) - 1, min(images, len(rows))).round().astype(np.int64)]
     seen = ModelInput.from_config(preprocess)
-    # split.images holds only the images of the split
-    stored = CachedImages(split.reader, ImageSource(split.image_root), taken.tolist())
 
     def batches() -> Iterator[NDArray[np.float32]]:
-        for start in range(0, len(taken), _CALIBRATION_BATCH):
-            part = taken[start : start + _CALIBRATION_BATCH]
-            yield np.stack([seen.pixels(decode_image(stored.read(int(row)))) for row in part])
+        for start in range(0, len(rows), _CALIBRATION_BATCH):
+            part = rows[start : start + _CALIBRATION_BATCH]
+            yield np.stack([seen.pixels(decode_image(images.read(int(row)))) for row in part])
 
     return batches

@@ -81,7 +81,7 @@ class EvaluationSplit:
         reader.require_captions(
             rows,
             "Recall cannot be measured without: name a --cache of images with captions, or measure classes by "
-            "teacher-cache zero-shot. ?uncaptioned=drop behind a dataset leaves such images out of its cache.",
+            "teacher-cache zero-shot.",
         )
         caption_rows, text_image = reader.caption_rows(rows)
         root = image_root or reader.manifest.source.image_root
@@ -163,15 +163,12 @@ class EvaluationSplit:
         return self.images.read(int(self.image_rows[position]))
 
 
-def open_split(config: EvaluateConfig, way_out: str | None = None) -> EvaluationSplit:
+def open_split(config: EvaluateConfig) -> EvaluationSplit:
     """Return the split that ``evaluate`` measures with the same settings.
-
-    Args:
-        way_out: advice for the error if the cache is not of the run's dataset. Default: any dataset may be measured.
 
     Raises:
         UsageError: neither cache nor run is set, or the split is unknown, has no embedding or images without captions.
-        CacheMismatchError: the run learned from another teacher, other preprocessing or, with ``way_out``, other data.
+        CacheMismatchError: the run learned from another teacher or other preprocessing.
         CacheError: the cache is missing, unfinished or damaged.
     """
     record = RunFolder(config.run).read() if config.run else None
@@ -181,16 +178,13 @@ def open_split(config: EvaluateConfig, way_out: str | None = None) -> Evaluation
         reader = EmbeddingReader(config.cache)
         return EvaluationSplit.of(reader, _chosen(config.split, reader), config.image_root)
     reader = EmbeddingReader(config.cache or record.config.cache)
-    accept = config.accept_mismatch
-    if way_out is None:
-        accept = (*accept, "dataset")
-        way_out = (
-            f"{config.run} was trained on {record.config.cache}: evaluate on a cache of the same teacher and "
-            "preprocessing, or accept a difference by --accept-mismatch FIELD, which the result then names."
-        )
+    way_out = (
+        f"{config.run} was trained on {record.config.cache}: measure on a cache of the same teacher and preprocessing, "
+        "or accept a difference by --accept-mismatch FIELD of evaluate or promote, which the result then names."
+    )
     # views may differ: view 0, the only one measured, is the evaluation crop in every cache
     expected = record.identity.model_copy(update={"views": reader.identity.views})
-    accepted = reader.identity.require(expected, reader.location, way_out, accept)
+    accepted = reader.identity.require(expected, reader.location, way_out, (*config.accept_mismatch, "dataset"))
     # another dataset's images are below its own root
     root = reader.manifest.source.image_root if accepted else record.image_root
     learned = record.config.split if reader.identity.dataset == record.identity.dataset else "train"

@@ -41,15 +41,25 @@ def read_runs(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[RunRepo
             notes.append(
                 f"{path}: not measured yet, or by an older version: teacher-cache evaluate --run {path} --split SPLIT "
                 "leaves recall and retention in the run."
+                if record.identity.dataset.captions
+                else f"{path}: learned from images without captions: teacher-cache evaluate --run {path} --cache "
+                "CACHE-WITH-CAPTIONS measures its recall, zero-shot its classes."
             )
-        if evaluations and all(of_other_data(result, manifest_digest) for result in evaluations):
+        same_cache = record.cache_manifest_digest == manifest_digest
+        others = [result.cache for result in evaluations if of_other_data(result, manifest_digest)]
+        only_elsewhere = len(others) == len(evaluations) > 0
+        if only_elsewhere and not same_cache:
             raise UsageError(
                 f"{path}: is of {record.config.cache}, and not measured on this cache. Report that one, or measure it "
                 f"here first: teacher-cache evaluate --run {path} --cache CACHE"
             )
-        elsewhere = sorted({result.cache for result in evaluations if of_other_data(result, manifest_digest)})
-        if elsewhere:
-            notes.append(f"{path}: also measured on {', '.join(elsewhere)}: rows of the table that say so, no more.")
+        if only_elsewhere:
+            why = "" if record.identity.dataset.captions else " (no captions)"
+            newest = f"teacher-cache report {others[0]} --run {path}"
+            notes.append(f"{path} was measured on {others[0]}, not here{why}: {newest} shows it.")
+        elif others:
+            elsewhere = ", ".join(sorted(set(others)))
+            notes.append(f"{path}: also measured on {elsewhere}: rows of the table that say so, no more.")
         shown = thinned([line["epoch"] for line in lines], _STEPS)
         reports.append(
             RunReport(
@@ -59,7 +69,7 @@ def read_runs(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[RunRepo
                 steps=tuple(_step(lines[at]) for at in shown),
                 steps_of=len(lines),
                 evaluations=evaluations,
-                same_cache=record.cache_manifest_digest == manifest_digest,
+                same_cache=same_cache,
             )
         )
     return tuple(reports), notes

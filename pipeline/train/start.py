@@ -122,11 +122,7 @@ class TrainingCache:
             )
         rows = reader.row_set(config.split)
         if config.captions_per_image:
-            reader.require_captions(
-                rows,
-                "To learn from the images alone: --set captions_per_image=0. To leave them out make another cache, "
-                "with ?uncaptioned=drop behind the dataset.",
-            )
+            reader.require_captions(rows, "To learn from the images alone: --set captions_per_image=0.")
         if config.select_split is not None and not len(reader.image_rows(config.select_split)):
             raise UsageError(f"{config.cache}: no image of select_split {config.select_split!r} has an embedding")
         return cls(reader, rows, config, accepted)

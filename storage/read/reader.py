@@ -275,6 +275,8 @@ class EmbeddingReader:
                     "This cache is of labelled images and the prompts of their classes. Measure it by teacher-cache "
                     "zero-shot --cache, or name a cache of images with captions."
                 )
+            elif bare < len(image_rows):
+                way_out += " ?uncaptioned=drop behind the dataset leaves such images out of a new cache."
             raise UsageError(f"{self.location}: {bare:,} of {len(image_rows):,} images have no caption. {way_out}")
 
     def take(

@@ -42,7 +42,7 @@ from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from tests.conftest import make_model_folder
 from tests.pipeline.cli.test_cli import run
-from tests.pipeline.train.train_work import make_cache, make_student, train_config
+from tests.pipeline.train.train_work import make_cache, make_student, train_config, train_on_images
 
 RATIO = Ratio(median=9, low=8, high=10, rounds=2)
 
@@ -253,15 +253,34 @@ def test_a_damaged_tower_ships_nothing_and_says_by_how_much(
     assert not list(tmp_path.iterdir())
 
 
-def test_int8_is_fitted_to_training_images_whichever_split_is_measured(trained: Path) -> None:
+def test_a_student_of_images_alone_is_measured_on_another_cache_and_fitted_to_its_own_images(
+    trained: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train_on_images(trained.parent, tiny_teacher)
+    with pytest.raises(UsageError, match=r"40 of 40 images have no caption\. .*name a --cache[^?]*$"):
+        deploy(settings(run, tiny_teacher, tmp_path / "out"))
+    fitted: list[np.ndarray] = []
+
+    def prepared(images: CachedImages, rows: np.ndarray, preprocess: dict[str, Any]) -> Any:
+        fitted.append(rows)
+        return calibration_batches(images, rows, preprocess)
+
+    monkeypatch.setattr(deploy_files, "calibration_batches", prepared)
+    cache = str(trained.parent / "photos.cache")
+    made = deploy(settings(run, tiny_teacher, tmp_path / "out", cache=cache, split="test"))
+    assert (made.table.images, made.table.learned_images) == (8, 8)
+    assert fitted[0].tolist() == np.linspace(0, 39, 8).round().astype(int).tolist()
+    assert made.deployment.cache_manifest_digest == RunFolder(run).read().cache_manifest_digest
+
+
+def test_int8_is_fitted_to_the_pixels_of_its_rows(trained: Path) -> None:
     split = open_split(EvaluateConfig(run=str(trained), split="test"))
-    rows = split.reader.image_rows("train")
+    rows = split.reader.image_rows("train")[:8]
     preprocess = load_student(RunFolder(trained).checkpoint_path("last"))[0].preprocess.to_config()
-    (batch,) = calibration_batches(split, rows, preprocess, 8)()
+    stored = CachedImages(split.reader, ImageSource(split.image_root), rows.tolist())
+    (batch,) = calibration_batches(stored, rows, preprocess)()
     seen = ModelInput.from_config(preprocess)
-    wanted = [int(rows[at]) for at in np.linspace(0, len(rows) - 1, 8).round().astype(int)]
-    stored = CachedImages(split.reader, ImageSource(split.image_root), wanted)
-    np.testing.assert_array_equal(batch, np.stack([seen.pixels(decode_image(stored.read(row))) for row in wanted]))
+    np.testing.assert_array_equal(batch, np.stack([seen.pixels(decode_image(stored.read(int(row)))) for row in rows]))
 
 
 @pytest.mark.parametrize(("weight", "least", "most"), [("visual.proj", 0.8, 1.2), ("text_projection", np.nan, np.nan)])

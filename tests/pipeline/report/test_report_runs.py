@@ -27,7 +27,7 @@ from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.pipeline.report.report_data import student_table
-from tests.pipeline.train.train_work import make_cache, make_student, trace, train_config
+from tests.pipeline.train.train_work import make_cache, make_student, trace, train_config, train_on_images
 
 run_cli = CliRunner()
 
@@ -321,3 +321,21 @@ def test_what_was_measured_on_other_data_is_no_result_of_this_cache(home: Path, 
     ]
     # of that cache's own report it is the result
     assert "other.cache" in {each.cache for each in newest_evaluations(report, "f" * 64)}
+
+
+def test_a_run_of_images_alone_is_reported_with_its_cache_which_cannot_measure_it(
+    home: Path, tiny_teacher: Path
+) -> None:
+    run, photos = str(train_on_images(home, tiny_teacher)), str(home / "photos.cache")
+    digest = RunFolder(run).read().cache_manifest_digest
+    (note,) = read_runs([run], digest)[1]
+    assert note == (
+        f"{run}: learned from images without captions: teacher-cache evaluate --run {run} --cache CACHE-WITH-CAPTIONS "
+        "measures its recall, zero-shot its classes."
+    )
+    evaluate(EvaluateConfig(run=run, cache=photos, split="test", workers=0, device="cpu"))
+    (note,) = read_runs([run], digest)[1]
+    shown = f"teacher-cache report {photos} --run {run} shows it."
+    assert note == f"{run} was measured on {photos}, not here (no captions): {shown}"
+    with pytest.raises(UsageError, match="and not measured on this cache"):
+        read_runs([run], "0" * 64)

@@ -13,6 +13,7 @@ from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.train import TrainConfig
+from teacher_cache.pipeline.train.loop import train
 from tests.conftest import TINY_MODEL, write_photos
 
 
@@ -40,6 +41,18 @@ def train_config(cache: Path, student: Path | str, out: Path, **changes: Any) ->
     """Two epochs of four steps."""
     settings = {"epochs": 2, "batch_size": 8, "workers": 0, "device": "cpu", **changes}
     return TrainConfig(cache=str(cache), student=str(student), out=str(out), **settings)
+
+
+def train_on_images(folder: Path, teacher: Path) -> Path:
+    """Make a run that learned from the pictures of ``make_cache(folder)`` alone, and return its folder."""
+    cache, pictures = folder / "loose.cache", next(folder.glob("photos/**/*.jpg")).parent
+    settings: dict[str, Any] = {"batch_size": 8, "chunk_rows": 8, "device": "cpu", "max_problems": 1}
+    precompute(
+        PrecomputeConfig(dataset=f"images:{pictures}", teacher=f"local-dir:{teacher}", cache=str(cache), **settings)
+    )
+    out = folder / "loose-run"
+    train(train_config(cache, make_student(folder / "loose.json"), out, captions_per_image=0))
+    return out
 
 
 def trace(run: Path) -> list[dict[str, Any]]:
