@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, rows_of_pixels
-from teacher_cache.pipeline.data.images.scaled_jpeg import ScaledJpeg
+from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW, ScaledJpeg
 from teacher_cache.storage.errors import UsageError
 
 _MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
@@ -170,7 +170,7 @@ class _Processed(Preprocess):
 
     def evaluation_crop(self, width: int, height: int) -> tuple[float, float, float, float, float]:
         top, left, crop_height, crop_width, flip = super().evaluation_crop(width, height)
-        if self.resize_mode == "shortest":
+        if self.resize_mode == "shortest" and self.decoder == PILLOW:
             resized_height, resized_width = self.resized(width, height)
             top = (resized_height - self.size[0]) // 2 * height / resized_height
             left = (resized_width - self.size[1]) // 2 * width / resized_width

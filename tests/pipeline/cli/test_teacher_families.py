@@ -18,14 +18,14 @@ from tests.pipeline.models.transformers_folders import make_clip, make_siglip, m
 from tests.pipeline.train.train_work import make_student
 
 FAMILIES: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "transformers SigLIP": ("transformers", make_siglip),
+    "transformers SigLIP 2": ("transformers", make_siglip2),
+    "transformers CLIP": ("transformers", make_clip),
     "open_clip CLIP": ("local-dir", make_model_folder),
     "open_clip SigLIP": ("local-dir", partial(make_teacher, "SigLIP, unigram")),
     "open_clip SigLIP 2": ("local-dir", partial(make_teacher, "SigLIP 2, byte pairs")),
     "open_clip CoCa": ("local-dir", partial(make_teacher, "CoCa")),
     "open_clip with RoBERTa": ("local-dir", partial(make_teacher, "RoBERTa")),
-    "transformers CLIP": ("transformers", make_clip),
-    "transformers SigLIP": ("transformers", make_siglip),
-    "transformers SigLIP 2": ("transformers", make_siglip2),
 }
 COMMANDS = ("precompute", "verify --sample", "train", "evaluate", "deploy", "infer")
 PAGE = Path(__file__).parents[3] / "docs" / "howto" / "own-teacher.md"

@@ -134,6 +134,7 @@ def test_the_recorded_crop_is_what_the_processor_shows(tmp_path: Path) -> None:
     columns = np.tile(np.arange(43, dtype=np.uint8)[None, :, None], (32, 1, 3))
     assert teacher.preprocess.shown(Image.fromarray(columns))[0, 0, 0] == 5
     assert teacher.preprocess.evaluation_crop(43, 32) == (0, 5, 32, 32, 0)
+    assert teacher.preprocess.decoded_by("jpeg-scaled").evaluation_crop(43, 32) == (0, 6, 32, 32, 0)
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -31,9 +31,9 @@ KINDS: dict[str, tuple[dict[str, Any], str | None, dict[str, Any]]] = {
     "CLIPA, stripped separator": (_CLIPA, "words", {}),
     "worldwide, end token": ({"context_length": 77, "pool_type": "eos", "eos_id": 1}, "unigram", {}),
     "first position": ({"context_length": 77, "pool_type": "first", "no_causal_mask": True}, "words", {}),
-    "class token, padding hidden": ({"context_length": 40, "embed_cls": True, "pad_id": 0}, None, _OWN),
-    "CoCa": ({"context_length": 76, "embed_cls": True, "output_tokens": True}, None, _COCA),
     "RoBERTa": ({**_HF, "hf_model_name": "roberta"}, "words", {}),
+    "CoCa": ({"context_length": 76, "embed_cls": True, "output_tokens": True}, None, _COCA),
+    "class token, padding hidden": ({"context_length": 40, "embed_cls": True, "pad_id": 0}, None, _OWN),
     "mT5": ({**_HF, "hf_model_name": "mt5", "hf_proj_type": "mlp"}, "unigram", {}),
 }
 
