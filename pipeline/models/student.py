@@ -8,6 +8,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,7 +27,13 @@ from teacher_cache.pipeline.models.factorized import RANK_KEY, dense_state, fact
 from teacher_cache.pipeline.models.locked_layers import lock_image_layers
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, RunRecord, require_checkpoint
-from teacher_cache.pipeline.models.safe_loading import foreign_model, load_tokenizer, quiet_root, require_plain_settings
+from teacher_cache.pipeline.models.safe_loading import (
+    foreign_model,
+    hub_within_reach,
+    load_tokenizer,
+    quiet_root,
+    require_plain_settings,
+)
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_by_length, encode_text, shorten
 from teacher_cache.pipeline.models.weights import write_weights
 from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG, presets, unknown_student
@@ -352,7 +360,19 @@ def architecture_differences(other: Student, student: Student, ignore: Collectio
 
 
 def student_tokenizer(config: dict[str, Any]) -> Any:
-    """Load the tokenizer that a model config names, at its context length."""
+    """Load the tokenizer that a model config names, at its context length.
+
+    Raises:
+        UsageError: a tokenizer of transformers cannot be loaded from its folder or hub.
+    """
+    text = config["text_cfg"]
+    if name := text.get("hf_tokenizer_name"):
+        # open_clip would look for its files in the folder of the model, and a student's has none
+        settings = {"context_length": 77, "tokenizer_mode": None, **text.get("tokenizer_kwargs", {})}
+        settings |= {key: text[key] for key in ("context_length", "tokenizer_mode") if key in text}
+        hub = nullcontext() if Path(name).is_dir() else hub_within_reach(f"tokenizer {name!r}")
+        with hub, foreign_model(f"tokenizer {name!r}"):
+            return HFTokenizer(name, **{**settings, "trust_remote_code": False})
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CHECKPOINT_CONFIG).write_text(json.dumps({"model_cfg": _plain(config)}))
         return load_tokenizer(f"local-dir:{folder}", config)

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from teacher_cache.pipeline.models.student import student_tokenizer
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
-from tests.conftest import write_photos
-from tests.pipeline.models.text_towers import KINDS, make_teacher
+from tests.conftest import TINY_MODEL, write_photos
+from tests.pipeline.models.text_towers import KINDS, make_teacher, make_tokenizer
 from tests.pipeline.models.transformers_folders import captions
 
 
@@ -62,3 +64,14 @@ def test_ids_pixels_and_cached_rows_are_open_clips(kind: str, tmp_path: Path) ->
     assert reader.identity.teacher.logit_bias == bias
     if "init_logit_scale" in KINDS[kind][2]:
         assert reader.identity.teacher.logit_scale == pytest.approx(np.exp(4.7))
+
+
+def test_a_students_tokenizer_of_transformers_is_the_one_that_its_config_names(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    text = {**TINY_MODEL["text_cfg"], "vocab_size": make_tokenizer("words", folder), "context_length": 20}
+    text |= {"hf_tokenizer_name": str(folder), "tokenizer_kwargs": {"strip_sep_token": True}}
+    texts = captions(50)
+    wanted = open_clip.tokenizer.HFTokenizer(str(folder), context_length=20, strip_sep_token=True)(texts)
+    assert torch.equal(student_tokenizer({**TINY_MODEL, "text_cfg": text})(texts), wanted)
+    with pytest.raises(UsageError, match=r"tokenizer 'a/b': HF_HUB_OFFLINE is set, and there is no local copy"):
+        student_tokenizer({**TINY_MODEL, "text_cfg": {**text, "hf_tokenizer_name": "a/b"}})
