@@ -6,8 +6,10 @@ import contextlib
 import json
 import logging
 import math
+import platform
 import warnings
 from functools import cached_property, lru_cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ import open_clip
 import torch
 from numpy.typing import NDArray
 from open_clip.pretrained import get_pretrained_cfg
+from PIL import __version__ as pillow_version
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
-from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW, require_decoder
+from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED, PILLOW, require_decoder
 from teacher_cache.pipeline.data.tokens import tokenizer_identity
 from teacher_cache.pipeline.models.device import resolve_device
 from teacher_cache.pipeline.models.safe_loading import (
@@ -173,6 +176,16 @@ class LiveTeacher:
             logit_scale=self.logit_scale,
             logit_bias=None if bias is None else float(bias.item()),
         )
+
+    def library_versions(self) -> dict[str, str]:
+        """Return the versions of the libraries that affect pixels and rows, for a manifest."""
+        names: tuple[str, ...] = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr")
+        if self.preprocess.decoder == JPEG_SCALED:
+            names = (*names, "simplejpeg")
+        if self.name.startswith(TRANSFORMERS):
+            names = (*names, "transformers", "tokenizers")
+        libraries = {name: version(name) for name in (*names, "teacher-cache")}
+        return {"python": platform.python_version(), "pillow": pillow_version, **libraries}
 
     def require(self, identity: CacheIdentity, cache: str) -> None:
         """Check that a cache's identity has this teacher.

@@ -25,7 +25,6 @@ from teacher_cache.pipeline.precompute.plan import (
     PlanSettings,
     Progress,
     default_batch_rows,
-    library_versions,
     plan_dataset,
     read_dataset,
 )
@@ -102,7 +101,7 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
         f"from a clip-retrieval folder, {known.counts.images:,} image rows and {known.counts.captions:,} caption rows, "
         f"{images:,} and {texts:,} proven to cosine {config.threshold:g}"
     )
-    made_with = library_versions(teacher) | {IMPORTED: origin, IMPORTED_ROWS: known.sha256}
+    made_with = teacher.library_versions() | {IMPORTED: origin, IMPORTED_ROWS: known.sha256}
     manifest, pending = plan_dataset(planned, teacher.device.type, made_with)
     _require_these_rows(manifest, config.cache, known)  # another process may have planned the cache meanwhile
     written = encode_shared(config, teacher, pending, progress, known)

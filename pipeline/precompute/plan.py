@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import logging
-import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import __version__ as pillow_version
 
 from teacher_cache.pipeline.data.datasets.records import SampleSet
 from teacher_cache.pipeline.data.datasets.samples import load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
-from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED
 from teacher_cache.pipeline.models.teacher import LiveTeacher
 from teacher_cache.pipeline.precompute.reuse import cached_rows, count_known, dataset_changes, require_reusable
-from teacher_cache.pipeline.settings.names import TRANSFORMERS
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheError, CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
@@ -189,7 +184,7 @@ def plan_precompute(
     planned = read_dataset(settings, teacher, progress)
     for problem in planned.dataset.problems:
         event(_LOG, logging.WARNING, "problem in the dataset", **asdict(problem))
-    made_with = library_versions(teacher) | origin
+    made_with = teacher.library_versions() | origin
     manifest, pending = plan_dataset(planned, encode_on or teacher.device.type, made_with)
     require_one_origin(config, origin, manifest, pending)
     if config.reuse is not None and pending:
@@ -520,13 +515,3 @@ def default_batch_rows(device: str) -> int:
     """Return the rows per forward pass on a type of device, as torch names it."""
     # on a CPU the activations of 16 images fit its caches; more images only cost memory
     return 16 if device == "cpu" else 256
-
-
-def library_versions(teacher: LiveTeacher) -> dict[str, str]:
-    """Return the versions of the libraries that affect pixels and rows, for a manifest."""
-    names: tuple[str, ...] = ("torch", "torchvision", "open_clip_torch", "numpy", "pyarrow", "zarr", "teacher-cache")
-    if teacher.preprocess.decoder == JPEG_SCALED:
-        names = (*names, "simplejpeg")
-    if teacher.name.startswith(TRANSFORMERS):
-        names = (*names, "transformers", "tokenizers")
-    return {"python": platform.python_version(), "pillow": pillow_version, **{name: version(name) for name in names}}
