@@ -158,7 +158,7 @@ def short(value: Any, parts: int = 1) -> str:
     A pattern keeps its folder: ``cc3m/{000..331}.tar``.
     """
     path = str(value).partition("?")[0].rpartition(":")[2].removesuffix(".json")
-    parts += "{" in path.rpartition("/")[2]
+    parts += any(mark in path.rpartition("/")[2] for mark in "{*")
     return "/".join(path.rstrip("/").split("/")[-parts:])
 
 

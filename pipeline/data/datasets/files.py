@@ -151,17 +151,27 @@ def data_folder(root: str) -> str:
     """Return the folder that relative uris start from.
 
     That is ``root`` itself, the folder of the file ``root`` (a table, a JSON, a tar), or for a pattern such as
-    ``shards/{000..003}.tar`` the part before the first brace.
+    ``shards/{000..003}.tar`` or ``shards/*.tar`` the folder before it.
     """
     path = Path(root)
     if "://" not in root and path.exists():
         return str((path.parent if path.is_file() else path).resolve())
     folder = root
-    if "{" in root:
-        folder = root[: root.index("{")].rpartition("/")[0]
+    if is_pattern(root):
+        folder = before_pattern(root)
     elif root.lower().split("?")[0].endswith(_DATA_FILE_ENDINGS):
         folder = root.rpartition("/")[0]
     return folder if "://" in root else str(Path(folder).resolve())
+
+
+def is_pattern(root: str) -> bool:
+    """Return whether a root stands for several files."""
+    return "{" in root or "*" in root
+
+
+def before_pattern(root: str) -> str:
+    """Return the folder before the first brace or star."""
+    return re.split(r"[{*]", root)[0].rpartition("/")[0]
 
 
 def split_in_name(uri: str, folder: str) -> str:

@@ -232,7 +232,8 @@ def why_none(problems: list[Problem]) -> str:
     # where captions are missing, a text that cannot be read may be why
     unread = [problem for problem in problems if problem.kind in ("bad-record", "broken-file")]
     first = [*(() if captioned else unread), *lost, *problems][0]
-    way_out = "" if captioned else ". To cache images without captions, add ?uncaptioned=keep"
+    bare = not captioned and first.kind == "no-caption"
+    way_out = ". To cache images without captions, add ?uncaptioned=keep" if bare else ""
     return f"no usable image among {len(lost)} listed; the first problem: {first}{way_out}"
 
 

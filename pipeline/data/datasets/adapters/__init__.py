@@ -13,7 +13,7 @@ from importlib import import_module
 from inspect import signature
 from types import ModuleType
 
-from teacher_cache.pipeline.data.datasets.files import require_there, text_encoding
+from teacher_cache.pipeline.data.datasets.files import is_pattern, require_there, text_encoding
 from teacher_cache.pipeline.data.datasets.holdout import held_out_share, with_drawn_split
 from teacher_cache.pipeline.data.datasets.records import Record, Sample, Uncaptioned
 from teacher_cache.pipeline.settings.names import did_you_mean
@@ -50,7 +50,8 @@ def check_form(kind: str, root: str, options: dict[str, str]) -> None:
     Raises:
         UsageError: a setting is unknown or has an impossible value, the root does not exist or has another form.
     """
-    if kind != "scenes" and "://" not in root and "{" not in root:  # scenes are made where there are none
+    # scenes are made where there are none, and webdataset says more
+    if kind not in ("scenes", "webdataset") and "://" not in root and not is_pattern(root):
         require_there(root)
     module = _module(kind)  # may import pyarrow, which takes a while
     own, _, _ = _settings(module, kind, options)

@@ -1,6 +1,6 @@
 """Labelled images for zero-shot classification, with the prompts of their classes as captions, to be cached.
 
-    root/<class>/*.jpg, root/<split>/<class>/*.jpg    form=imagefolder
+    root/<class>/*.jpg, root/<split>/<class>/*.jpg    form=imagefolder, the default where no tars are
     root/*.tar with KEY.cls beside KEY.jpg            form=webdataset, as clip-benchmark exports its datasets, with
                                                       optional classnames.txt and
                                                       zeroshot_classification_templates.txt
@@ -12,6 +12,7 @@ options choose the prompts, see :func:`class_prompts`.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 
 from teacher_cache.pipeline.data.datasets.adapters import imagefolder, webdataset
-from teacher_cache.pipeline.data.datasets.files import data_folder, open_regular, open_text
+from teacher_cache.pipeline.data.datasets.files import SPLIT_NAMES, data_folder, open_regular, open_text
 from teacher_cache.pipeline.data.datasets.holdout import held_out_share, with_drawn_split
 from teacher_cache.pipeline.data.datasets.prompts import (
     Classes,
@@ -36,6 +37,7 @@ from teacher_cache.storage.observe.safe_text import printable
 
 FORMS = ("imagefolder", "webdataset", "torchvision")
 ALL_SPLITS = "all"
+_FLAG = re.compile(r"--(prompts|templates|class-names) ")
 _NAMES, _TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 
 
@@ -55,7 +57,7 @@ class ClassPrompts:
 def read(
     root: str,
     *,
-    form: str = "imagefolder",
+    form: str = "",
     name: str = "",
     prompts: str = "",
     templates: str = "",
@@ -65,7 +67,12 @@ def read(
 ) -> Iterator[Record]:
     """Read the samples of a labelled dataset; see the module, :func:`list_images` and :func:`class_prompts`."""
     listing = list_images(root, form, split, name, holdout)
-    classes = class_prompts(listing, prompts, templates, class_names)
+    try:
+        classes = class_prompts(listing, prompts, templates, class_names)
+    except UsageError as error:
+        # what zero-shot has flags for stands behind the name here
+        said = _FLAG.sub(lambda flag: f"?{flag[1].replace('-', '_')}=", str(error))
+        raise UsageError(said.replace("?classes=", "?class_names=")) from error
     yield from listing.problems
     holder = next((number for number, image in enumerate(listing.images) if _is_there(root, image)), 0)
     captions = tuple(chain.from_iterable(classes.prompts))
@@ -73,7 +80,7 @@ def read(
         yield replace(image, captions=captions if number == holder else ())
 
 
-def check(root: str, *, form: str = "imagefolder", **settings: str) -> None:
+def check(root: str, *, form: str = "", **settings: str) -> None:
     """Check what :func:`read` checks before it lists the images."""
     checks = {
         "prompts": prompt_set,
@@ -83,14 +90,25 @@ def check(root: str, *, form: str = "imagefolder", **settings: str) -> None:
     }
     for name in checks.keys() & settings.keys():
         checks[name](settings[name])
+    form = form or _form_of(root)
     if form == "imagefolder":
         imagefolder.class_folders(root)
+    elif form == "webdataset":
+        webdataset.check(root)
 
 
-def list_images(root: str, form: str = "imagefolder", split: str = "", name: str = "", holdout: str = "") -> Listing:
+def _form_of(root: str) -> str:
+    """Return ``webdataset`` where tars lie, also in folders of splits, else ``imagefolder``."""
+    folders = (Path(root, split) for split in ("", *SPLIT_NAMES))
+    tars = root.split("?")[0].endswith(".tar") or any(next(folder.glob("*.tar"), None) for folder in folders)
+    return "webdataset" if tars else "imagefolder"
+
+
+def list_images(root: str, form: str = "", split: str = "", name: str = "", holdout: str = "") -> Listing:
     """List the images of one split with their classes.
 
     Args:
+        form: one of ``FORMS``. Default: webdataset where tars lie, else imagefolder.
         name: name of the dataset in torchvision.
         split: a split, or ``all``. Default: the only one; with ``holdout`` all.
         holdout: share of the images that is held out, of a dataset without splits.
@@ -98,6 +116,7 @@ def list_images(root: str, form: str = "imagefolder", split: str = "", name: str
     Raises:
         UsageError: the form or split is unknown, there are no images, or one of several splits must be named.
     """
+    form = form or _form_of(root)
     if form not in FORMS:
         raise UsageError(f"form={printable(form)!r} is not known; labelled images are read as {' or '.join(FORMS)}")
     if form == "torchvision":

@@ -3,12 +3,12 @@
     shards/train/000.tar
       000000012.jpg    the image: jpg, jpeg, png or webp
       000000012.txt    its caption, the whole text; or
-      000000012.json   {"caption": "..."} or {"captions": ["...", ...]}, where there is no .txt
+      000000012.json   a text or a list of texts as "caption" or "captions", where there is no .txt
 
-The root is a folder (every ``*.tar`` below it), one tar, or a pattern such as ``shards/{000..003}.tar``. A tar or a
-pattern may be a URL. The key is the member's path up to the first dot of its name, and is the ``sample_id``. Tars come
-in the order of the pattern or of their paths, samples in the order of their key's first appearance. Nothing is
-unpacked: a sample holds the position of its image's bytes in the tar.
+The root is a folder (every ``*.tar`` below it), one tar, or a pattern such as ``shards/{000..003}.tar`` or
+``shards/*.tar``. A tar or a pattern with braces may be a URL. The key is the member's path up to the first dot of its
+name, and is the ``sample_id``. Tars come in the order of the pattern or of their paths, samples in the order of their
+key's first appearance. Nothing is unpacked: a sample holds the position of its image's bytes in the tar.
 
 A member that is no regular file (a link, a device, a sparse member) is a problem and never followed. ``../`` in a name
 is just part of the key.
@@ -25,7 +25,7 @@ import math
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -33,15 +33,17 @@ import fsspec
 
 from teacher_cache.pipeline.data.datasets.files import (
     as_text,
+    before_pattern,
     contents,
     data_folder,
+    is_pattern,
     open_regular,
     require_there,
     require_utf8,
     say_several_lines,
     split_in_name,
 )
-from teacher_cache.pipeline.data.datasets.records import Problem, ProblemKind, Record, sample_or_problem
+from teacher_cache.pipeline.data.datasets.records import Problem, ProblemKind, Record, Uncaptioned, sample_or_problem
 from teacher_cache.storage.errors import CacheAccessError, UsageError
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.quantities import counted
@@ -102,24 +104,32 @@ class _Texts:
     endings: tuple[str, ...] = ("txt", "json")
     lines: bool = False
     encoding: str = ""
+    keys: tuple[str, ...] = ("caption", "captions")
 
 
-def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key", encoding: str = "") -> Iterator[Record]:
+def read(
+    root: str, *, split: str = "", txt: str = "whole", ids: str = "key", encoding: str = "", caption: str = ""
+) -> Iterator[Record]:
     """Read the samples of all tars.
 
     Args:
-        root: a folder, a tar, or a pattern with braces.
+        root: a folder, a tar, or a pattern.
         split: split of every sample. Default: from the names of tar and folder.
         txt: ``whole`` if a .txt is one caption, ``lines`` if each line is one (CLIP_benchmark's retrieval sets).
         ids: ``key``, or ``tar`` for ``path/of.tar/key`` if several tars have the same keys.
         encoding: encoding of captions, for example ``cp1252``. Default: UTF-8 without broken characters.
+        caption: key of the captions in the .json, which is then read in place of the .txt. Default: ``caption``, else
+            ``captions``.
 
     Raises:
         UsageError: no tar, an option with another value, or a caption of another encoding.
     """
     _check_options(txt, ids)
     glued = 0
-    for uri, tar_split, key, member in _members(root, split, _Texts(lines=txt == "lines", encoding=encoding)):
+    how = _Texts(lines=txt == "lines", encoding=encoding)
+    if caption:
+        how = replace(how, endings=("json",), keys=(caption,))
+    for uri, tar_split, key, member in _members(root, split, how):
         sample_id = f"{uri}/{key}" if ids == "tar" else key
         if isinstance(member, Problem):
             yield member
@@ -128,7 +138,10 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key", en
             texts = [member.texts[ending] for ending in ("txt", "json") if ending in member.texts]
             glued += txt == "whole" and any("\n" in text.strip() for text in member.texts.get("txt", ()))
             captions = next((own for own in texts if any(map(str.strip, own))), texts[0] if texts else [])
-            yield from sample_or_problem(sample_id, uri, tar_split, captions, member.offset, member.length)
+            for record in sample_or_problem(sample_id, uri, tar_split, captions, member.offset, member.length):
+                if isinstance(record, Uncaptioned) and not texts:
+                    record = replace(record, detail=record.detail + _instead(member.others))  # noqa: PLW2901
+                yield record
         elif member.texts:
             others = f" and {', '.join(member.others)}, which is not read" if member.others else ""
             detail = f"{uri}: there is no image beside {', '.join(member.texts)}{others}"
@@ -136,11 +149,19 @@ def read(root: str, *, split: str = "", txt: str = "whole", ids: str = "key", en
     say_several_lines(root, glued)
 
 
-def check(root: str, *, txt: str = "whole", ids: str = "key", encoding: str = "", split: str = "") -> None:
-    """Check the options, and that a local folder or pattern has a tar."""
+def _instead(endings: list[str]) -> str:
+    """Return what lies beside an image without captions, and what reads it."""
+    if "cls" in endings:
+        return "; beside it lies .cls, the number of a class: write labelled: for webdataset:"
+    beside = ", ".join(f".{printable(ending)}" for ending in endings)
+    return f"; beside it lies {beside}, and captions are read from .txt and .json" if endings else ""
+
+
+def check(root: str, *, txt: str = "whole", ids: str = "key", **_: str) -> None:
+    """Check the options and the form of the root, and that a local folder or pattern has a tar."""
     _check_options(txt, ids)
-    tars = [] if "://" in root else _tars(root)
-    if tars and not any(Path(tar).exists() for tar in tars):
+    tars = _tars(root)
+    if "://" not in root and not any(Path(tar).exists() for tar in tars):
         require_there(tars[0])
 
 
@@ -201,16 +222,30 @@ def _tars(root: str) -> list[str]:
                 packed = "; tars are read in place: unpack those that are compressed" * any(path.rglob("*.tar.*"))
                 raise UsageError(f"{root}: no *.tar in or below it; found {contents(path)}{packed}")
             return tars
-        if "{" not in root:
+        if ".tar," in root or "::" in root:
+            raise UsageError(f"{root}: commas and :: join no tars; write webdataset:FOLDER or :FOLDER/{{000,001}}.tar")
+        if not is_pattern(root):
             require_there(root)
             raise UsageError(f"{root} is no file; write webdataset:FOLDER, :FILE.tar or :FOLDER/{{000..003}}.tar")
         root = str(path.absolute())
         # uris have this prefix too, despite symbolic links in the pattern
-        before = root[: root.index("{")].rpartition("/")[0]
-        root = data_folder(root) + root[len(before) :]
-    elif not root.split("?")[0].endswith(".tar"):
-        raise UsageError(f"{root}: a folder behind a URL is not listed; write its tars as {root}/{{000..003}}.tar")
+        root = data_folder(root) + root[len(before_pattern(root)) :]
+        return [tar for name in _expand(root) for tar in _listed(name)]
+    elif "*" in root or not root.split("?")[0].endswith(".tar"):
+        folder = root.partition("/*")[0]
+        raise UsageError(f"{root}: a folder behind a URL is not listed; write its tars as {folder}/{{000..003}}.tar")
     return _expand(root)
+
+
+def _listed(name: str) -> list[str]:
+    """Return the files that a name with ``*`` stands for, or a name without one."""
+    if "*" not in name:
+        return [name]
+    folder = before_pattern(name)
+    paths = Path(folder).glob(name[len(folder) + 1 :])
+    if tars := sorted(str(path) for path in paths if path.suffix.lower() == ".tar" and path.is_file()):
+        return tars
+    raise UsageError(f"{name}: no tar has such a name; {folder} holds {contents(require_there(folder))}")
 
 
 def _expand(pattern: str) -> list[str]:
@@ -339,24 +374,23 @@ def _add_member(
     if ending != "json":
         member.texts[ending] = text.splitlines() if texts.lines else [text]
         return None
-    captions = _json_captions(text)
+    captions = _json_captions(text, texts.keys)
     if isinstance(captions, str):
-        return "bad-record", f"{captions}; an object with a text 'caption' or a list of texts 'captions' is wanted"
+        return "bad-record", f"{captions}; its captions are wanted as {' or '.join(texts.keys)}, or by ?caption=KEY"
     member.texts[ending] = captions
     return None
 
 
-def _json_captions(text: str) -> list[str] | str:
-    """Return the captions of a JSON object, or what it is instead."""
+def _json_captions(text: str, keys: tuple[str, ...]) -> list[str] | str:
+    """Return the captions of a JSON object, a text or a list of texts under one of the keys, or what it is instead."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
         return "not JSON"
     if not isinstance(content, dict):
         return f"a JSON {type(content).__name__}"
-    caption, captions = content.get("caption"), content.get("captions")
-    if isinstance(caption, str):
-        return [caption]
-    if isinstance(captions, list) and all(isinstance(one, str) for one in captions):
-        return list(captions)
+    for key in keys:
+        captions = [content[key]] if isinstance(content.get(key), str) else content.get(key)
+        if isinstance(captions, list) and all(isinstance(one, str) for one in captions):
+            return captions
     return f"a JSON object with the keys {', '.join(map(str, content)) or 'none'}"

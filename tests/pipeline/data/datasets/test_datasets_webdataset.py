@@ -79,6 +79,36 @@ def test_an_empty_txt_does_not_hide_the_caption_of_the_json(tmp_path: Path, pict
     assert ([sample.captions for sample in samples], problems) == ([("A dog.",)], [])
 
 
+@pytest.mark.parametrize(
+    ("members", "settings", "captions", "said"),
+    [
+        ([("a.json", '{"caption": ["One.", "Two."]}')], {}, ("One.", "Two."), ""),
+        ([("a.json", '{"text": "One."}'), ("a.txt", "Not this.")], {"caption": "text"}, ("One.",), ""),
+        ([("a.json", '{"text": "One."}')], {}, (), "captions are wanted as caption or captions, or by ?caption=KEY"),
+        ([("a.json", '{"caption": "One."}')], {"caption": "text"}, (), "its captions are wanted as text, or by ?cap"),
+        ([("a.cls", "3")], {}, (), "names this image; beside it lies .cls, the number of a class: write labelled: for"),
+        ([("a.caption", "One.")], {}, (), "beside it lies .caption, and captions are read from .txt and .json"),
+    ],
+)  # fmt: skip
+def test_captions_are_read_from_where_they_lie_or_that_is_said(
+    members: list[tuple[str, str]],
+    settings: dict[str, str],
+    captions: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    pictures: list[bytes],
+) -> None:
+    tar = write_tar(tmp_path / "0.tar", [("a.jpg", pictures[0]), *members])
+    samples, problems = read("webdataset", tar, **settings)
+    assert [sample.captions for sample in samples] == [captions] * bool(captions)
+    assert said in str([str(problem) for problem in problems])
+    if said:
+        with pytest.raises(UsageError) as refused:
+            load_samples(DatasetSpec("webdataset", str(tar), tuple(settings.items())))
+        assert said in str(refused.value)
+        assert str(refused.value).endswith("?uncaptioned=keep") == ("beside" in said)
+
+
 def test_txt_lines_is_a_caption_per_line(tmp_path: Path, pictures: list[bytes]) -> None:
     tar = write_tar(tmp_path / "0.tar", [("a.jpg", pictures[0]), ("a.txt", "A dog.\r\nA black dog.\n")])
     assert read("webdataset", tar, txt="lines")[0][0].captions == ("A dog.", "A black dog.")
@@ -120,6 +150,13 @@ def test_patterns_name_their_tars(tmp_path: Path, pictures: list[bytes], monkeyp
     monkeypatch.chdir(tmp_path / "shards")
     relative = load("webdataset:val/{009..010}.tar")
     assert [(sample.uri, sample.split) for sample in relative.samples] == [("009.tar", "val"), ("010.tar", "val")]
+    for starred in ("{val,train}/*9.tar", "*/*9.tar", "**/009.*"):
+        found = load(f"webdataset:{tmp_path}/shards/{starred}")
+        assert {(sample.uri, sample.split) for sample in found.samples} == {
+            ("val/009.tar", "val"),
+            ("train/009.tar", "train"),
+        }
+        assert found.root == str(tmp_path / "shards")
 
 
 def test_keys_that_tars_repeat(tmp_path: Path, pictures: list[bytes]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from teacher_cache.pipeline.data.datasets.spec import check_dataset
 from teacher_cache.pipeline.data.datasets.torchvision import _BY_FLAG, TORCHVISION
 from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset, labelled_spec, open_labelled
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
@@ -231,6 +232,12 @@ def test_tars_without_names_count_in_the_order_of_a_list(tars: Path, tmp_path: P
         opened(f"webdataset:{tars}")
     with pytest.raises(UsageError, match="nothing names its 2 classes"):
         opened(f"webdataset:{tars}", prompts="cifar10")  # a set without class names
+    # the settings of a dataset to cache, whose form is known by its tars
+    for root in (tars, tars / "test", tars / "test/0.tar"):
+        check_dataset(f"labelled:{root}")
+        with pytest.raises(UsageError, match=r"give \?prompts=NAME of a set .*, or \?class_names=FILE\.json, a list"):
+            read("labelled", root)
+        assert len(read("labelled", root, prompts="mnist")[0]) == 3 - (root.suffix == ".tar")
     found = opened(f"webdataset:{tars}", prompts="mnist")
     assert found.found.classes.matched_by == "number"
     assert list(truth(found).values()) == ["2", "0", "0"]
