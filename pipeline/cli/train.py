@@ -14,6 +14,7 @@ from teacher_cache.pipeline.data.batches.fork_server import start_fork_server
 from teacher_cache.pipeline.settings.recipes import RECIPE_SETTINGS
 from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import TrainConfig
+from teacher_cache.pipeline.train.trackers import require_trackers
 from teacher_cache.storage.cli.app import json_flag, print_result
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import say, suggest_next
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     flags=(
         *("cache", "student", "out", "split", "image_root", "init", "recipe", "pixels"),
         *("epochs", "batch_size", "learning_rate", "select_split", "precision", "seed", "device", "devices"),
+        "report_to",
     ),
     example="train --cache a.cache --student vit-s-32 --out runs/a --set workers=4",
     checked=False,
@@ -46,6 +48,7 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
         from teacher_cache.pipeline.models.run_folder import RunFolder
 
         RunFolder(config.out).require_free()
+    require_trackers(config.report_to)
 
     def state() -> str:
         return _saved_steps(config.out)

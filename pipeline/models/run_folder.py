@@ -2,12 +2,13 @@
 
 run.json                    replaced atomically; names the valid checkpoints
 log.jsonl                   a line per step
-tensorboard/                the same and the timings, for TensorBoard
+tensorboard/, wandb/        the same and the timings, as the trackers of report_to keep them
 checkpoints/epoch-0002/     the last one, at the end of an epoch; step-00000123 within an epoch
 checkpoints/best-epoch-0001/    the best one on the select split, if any
 checkpoints/mean/           the only one of a run that is the mean of others
 evaluations/test-epoch-0002.json    what evaluate measured: the newest of each split and checkpoint
 .lock                       held by the process that trains
+.tracker-id                 name of the run in trackers
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -36,8 +38,8 @@ RESUME = "resume"
 """Folder in a checkpoint with the state that a run needs to resume."""
 
 _RECORD, _LOG, _CHECKPOINTS, _LOCK = "run.json", "log.jsonl", "checkpoints", ".lock"
-_EVALUATIONS = "evaluations"
-_MADE_BY_TRAINING = (_CHECKPOINTS, "tensorboard")
+_EVALUATIONS, _TRACKER_ID = "evaluations", ".tracker-id"
+_MADE_BY_TRAINING = (_CHECKPOINTS, "tensorboard", "wandb")
 
 _Loaded = TypeVar("_Loaded")
 
@@ -96,8 +98,15 @@ class RunFolder:
         self.require_free()
         for leftover in _MADE_BY_TRAINING:
             shutil.rmtree(self.path / leftover, ignore_errors=True)
-        (self.path / _LOG).unlink(missing_ok=True)
+        for leftover in (_LOG, _TRACKER_ID):
+            (self.path / leftover).unlink(missing_ok=True)
         self.write(record)
+
+    def tracker_id(self) -> str:
+        """Return the run's random name in trackers, which a resumed run keeps."""
+        if not (self.path / _TRACKER_ID).exists():
+            self._files.write(_TRACKER_ID, secrets.token_hex(8).encode())
+        return (self.path / _TRACKER_ID).read_text()
 
     def require_free(self) -> None:
         """Check that a new run would overwrite nothing in the folder.

@@ -15,8 +15,9 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity
 
 _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
-# places and save intervals: these may change when a run resumes
+# places, save intervals and trackers: these may change when a run resumes
 _MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
+_MAY_DIFFER |= {"report_to"}
 
 # beside CHECKPOINT_CONFIG in a checkpoint; both names are open_clip's
 CHECKPOINT_WEIGHTS = "open_clip_model.safetensors"
@@ -104,6 +105,11 @@ class RunRecord(BaseModel):
     checkpoint: str | None = Field(None, description="Folder of the newest checkpoint, relative to the run.")
     best: BestRecord | None = Field(None, description="Best epoch on config.select_split.")
     resumed_at: tuple[int, ...] = Field((), description="Steps after which another process went on.")
+
+    def facts(self) -> dict[str, Any]:
+        """Return the settings and the origin of the run, as a tracker lists them."""
+        origin = self.model_dump(include={"teacher", "cache_manifest_digest", "student_parameters", "train_images"})
+        return self.config.model_dump(mode="json") | origin
 
     @property
     def finished(self) -> bool:

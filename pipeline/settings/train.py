@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from teacher_cache.pipeline.settings.base import (
     AcceptMismatch,
@@ -17,6 +17,7 @@ from teacher_cache.pipeline.settings.base import (
     Seed,
     StageConfig,
     StudentName,
+    comma_separated,
     learned_split,
 )
 from teacher_cache.pipeline.settings.recipes import DEFAULT, IMAGE_LOSSES, LOSS_NAMES, RECIPE_SETTINGS, RECIPES
@@ -25,6 +26,17 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.quantities import counted
 
 _FOR_IMAGES = " and ".join(IMAGE_LOSSES)
+
+
+def _tracker_names(value: Any) -> Any:
+    return () if value == "none" else comma_separated(value)
+
+
+ReportTo = Annotated[
+    tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...],
+    BeforeValidator(_tracker_names),
+    Field(description="Trackers that show each step: tensorboard, wandb, mlflow, trackio; or none."),
+]
 
 
 class TrainConfig(StageConfig):
@@ -154,6 +166,7 @@ class TrainConfig(StageConfig):
         description="Split on which each epoch is measured; the best epoch becomes checkpoint best. Default: none.",
     )
     select_every: int = Field(1, gt=0, description="Number of epochs between these measurements.")
+    report_to: ReportTo = ("tensorboard",)
 
     def fitted(self, splits: Collection[str], count: Callable[[str], int]) -> TrainConfig:
         """Return the settings for a cache: its only split if none is set, and batches no larger than the split.

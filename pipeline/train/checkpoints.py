@@ -32,6 +32,7 @@ from teacher_cache.pipeline.models.weights import write_weights
 from teacher_cache.pipeline.train.losses import TeacherQueue
 from teacher_cache.pipeline.train.optimizer import WeightAverage, measured_weights
 from teacher_cache.pipeline.train.step_log import EpochSums, StepLog
+from teacher_cache.pipeline.train.trackers import Trackers
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import event, logger
 
@@ -135,13 +136,13 @@ class RunWriter:
         record: record at the start or resume of the run; replaced with each checkpoint.
     """
 
-    def __init__(self, run: RunFolder, record: RunRecord, state: TrainState) -> None:
+    def __init__(self, run: RunFolder, record: RunRecord, state: TrainState, trackers: Trackers) -> None:
         self._run, self._record, self._state = run, record, state
         self._origin = record.origin()
         if record.checkpoint is not None:
             run.cut_log(state.point.step)
             run.switch(record)
-        self.log = StepLog(run, state.point.step)
+        self.log = StepLog(run, trackers)
         self._saved_at = time.monotonic()
 
     def is_due(self) -> bool:

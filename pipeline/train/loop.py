@@ -42,6 +42,7 @@ from teacher_cache.pipeline.train.start import (
 from teacher_cache.pipeline.train.step import StepValues, TrainStep
 from teacher_cache.pipeline.train.step_log import EpochMeter, EpochSums
 from teacher_cache.pipeline.train.stop_signals import StopRequests
+from teacher_cache.pipeline.train.trackers import TrackedRun, Trackers
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import log_fields, logger
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -228,7 +229,11 @@ class _Trainer:
         if record.checkpoint is not None:
             load_resume_point(run.path / record.checkpoint, self._state)
         self._step = TrainStep(config, fabric, self._model, student, optimizer, teacher, self._total_steps, queue)
-        self._writer = RunWriter(run, record, self._state) if fabric.global_rank == 0 else None
+        self._writer = None
+        if fabric.global_rank == 0:
+            tracked = TrackedRun(run.path, run.tracker_id(), self._state.point.step, record.facts())
+            trackers = Trackers(config.report_to, tracked)
+            self._writer = RunWriter(run, record, self._state, trackers)
 
     def train(self) -> None:
         """Train to the end of the last epoch."""
@@ -237,7 +242,7 @@ class _Trainer:
                 self._epoch()
         finally:
             if self._writer is not None:
-                self._writer.log.close()
+                self._writer.log.close(finished=self._state.point.epoch >= self._config.epochs)
 
     def _epoch(self) -> None:
         """Train to the end of the current epoch, then measure and save the student."""

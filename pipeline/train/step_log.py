@@ -1,37 +1,26 @@
-"""Logs of steps and epochs: reproducible values in ``log.jsonl``; TensorBoard has timings too."""
+"""Logs of steps and epochs: reproducible values in ``log.jsonl``; trackers such as TensorBoard have timings too."""
 
 from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 
 from pydantic import BaseModel, Field
-from torch.utils.tensorboard import SummaryWriter
 
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import EpochRecord, Selection
 from teacher_cache.pipeline.train.step import StepValues
+from teacher_cache.pipeline.train.trackers import Trackers
 from teacher_cache.storage.observe.logs import event, logger
 
 _LOG = logger("train")
 
-FOLDER = "tensorboard"
-_FLUSH_SECONDS = 30
-
 
 class StepLog:
-    """Both logs of one run. Only rank 0 has one.
+    """The log of a run's steps, and its trackers. Only rank 0 has one."""
 
-    Args:
-        first_step: last step before this process; TensorBoard drops later steps of an earlier process.
-    """
-
-    def __init__(self, run: RunFolder, first_step: int = 0) -> None:
-        self._run = run
-        self._writer = SummaryWriter(
-            str(Path(run.path) / FOLDER), purge_step=first_step + 1 if first_step else None, flush_secs=_FLUSH_SECONDS
-        )
+    def __init__(self, run: RunFolder, trackers: Trackers) -> None:
+        self._run, self._trackers = run, trackers
 
     def step(
         self, step: int, epoch: int, values: StepValues, samples_per_second: float, data_wait_share: float
@@ -50,26 +39,25 @@ class StepLog:
             "samples_per_second": samples_per_second,
             "data_wait_share": data_wait_share,
         }
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        self._trackers.log(scalars, step)
 
     def epoch(self, step: int, record: EpochRecord) -> None:
         """Log the means of an epoch, and the measurement after it, at its last step."""
-        self._writer.add_scalar("epoch/loss", record.loss, step)
+        scalars = {"epoch/loss": record.loss}
         if record.selection is not None:
-            self._writer.add_scalar("select/mean_recall", record.selection.mean_recall, step)
+            scalars["select/mean_recall"] = record.selection.mean_recall
             for direction, recalls in record.selection.recalls.items():
-                for name, value in recalls.items():
-                    self._writer.add_scalar(f"select/{direction}_{name}", value, step)
+                scalars |= {f"select/{direction}_{name}": value for name, value in recalls.items()}
+        self._trackers.log(scalars, step)
 
     def flush(self) -> None:
         """Write all steps to disk. Called before a resume point is saved."""
-        self._writer.flush()
+        self._trackers.flush()
         self._run.sync_log()
 
-    def close(self) -> None:
-        """Write all steps and close TensorBoard's file."""
-        self._writer.close()
+    def close(self, finished: bool) -> None:
+        """Write all steps and close the trackers."""
+        self._trackers.close(finished)
 
 
 class EpochSums(BaseModel):
