@@ -239,7 +239,7 @@ def _option(name: str, field: FieldInfo, may_be_required: bool) -> click.Option:
     elif get_origin(kind) is tuple and items[0] is str:
         settings["multiple"] = True
     elif get_origin(kind) is tuple:
-        settings["metavar"] = "N,N,..." if items[0] is int else "NAME,NAME,..."
+        settings["metavar"] = "N,N,..." if items[0] is int else "NAME,..."
     else:
         # a text, which the settings convert and check: one wording of mistakes for flags and run files
         settings["metavar"] = _METAVARS.get(kind)

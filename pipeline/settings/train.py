@@ -48,7 +48,7 @@ class TrainConfig(StageConfig):
 
     cache: str = Field(description="Folder or URL of a finished cache.")
     student: StudentName
-    out: str = Field(description="Folder of the run: run.json, log.jsonl and the checkpoint.")
+    out: str = Field(description="Folder to write the run into.")
     init: str | None = Field(
         None,
         description="Checkpoint, or folder of student inherit, to start from. The architecture must be the same. "
@@ -90,7 +90,7 @@ class TrainConfig(StageConfig):
         description="Number of captions per image in a step. The losses are averaged over them. 0: images alone, with "
         f"{_FOR_IMAGES}; the text tower keeps its weights. Default: 1, or 0 if no image has a caption.",
     )
-    epochs: int = Field(10, gt=0, description="Number of passes over the split. Captions are drawn at random.")
+    epochs: int = Field(10, gt=0, description="Number of passes over the split, with captions at random.")
     batch_size: int = Field(256, gt=1, description="Number of images per step, over all devices; at most the split's.")
     micro_batch: int | None = Field(
         None,
