@@ -136,14 +136,15 @@ def plan_known_cache(
     name: str = "img",
     dtype: Literal["float16", "int8"] = "float16",
     views: int = 1,
+    sample_ids: Sequence[str] | None = None,
 ) -> CacheManifest:
-    """A planned cache: image ``i`` is ``img-i``, its captions lie side by side, none is encoded."""
+    """A planned cache: image ``i`` is ``img-i`` unless ids are given, its captions lie side by side, none encoded."""
     image_row = np.sort(np.arange(captions) % images)
     tables = {
         SAMPLES: pa.table(
             {
                 "row": np.arange(images),
-                "sample_id": [f"{name}-{i}" for i in range(images)],
+                "sample_id": sample_ids or [f"{name}-{i}" for i in range(images)],
                 "uri": [f"{name}-{i}.jpg" for i in range(images)],
                 "offset": [-1] * images,
                 "length": [-1] * images,

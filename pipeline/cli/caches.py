@@ -85,6 +85,9 @@ def import_folder(config: ImportConfig, as_json: bool) -> None:
 
     Stop it at any time and run it again to continue.
     """
+    from teacher_cache.pipeline.precompute.clip_retrieval_folder import ForeignFolder  # pyarrow
+
+    ForeignFolder(config.folder)  # a wrong one is refused before torch is imported
     with resumable(chunks_committed(config.cache)):
         from teacher_cache.pipeline.precompute.import_folder import import_rows  # as above
 

@@ -59,6 +59,8 @@ def _list(registry: str, champion: bool, as_json: bool) -> None:
 
     stored = StudentRegistry(registry)
     students, promotions = stored.candidates(), stored.promotions()
+    if not students and (inner := similar_names(registry, REGISTRY)):
+        raise UsageError(f"{registry}: no registry of students.{inner}")
     if not students and Path(registry).is_dir() and (run := similar_names(registry, RUN)):
         raise UsageError(
             f"{registry}: no registry of students, but a folder of training runs.{run} teacher-cache students list "

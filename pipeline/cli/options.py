@@ -15,14 +15,17 @@ import click
 from pydantic.fields import FieldInfo
 
 from teacher_cache.pipeline.settings.base import StageConfig, learned_split
+from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.pipeline.settings.names import check_device, check_student, check_teacher
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
 from teacher_cache.pipeline.settings.run_file import RUN_FILE_STAGES, explicit_settings, load_config
+from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.cli.app import Argument, Command, Option, complete_cache
 from teacher_cache.storage.errors import CacheNotFoundError, MissingPackageError, UsageError
 from teacher_cache.storage.files.location import open_files
+from teacher_cache.storage.files.new_files import require_free
 from teacher_cache.storage.files.places import CACHE, DEPLOYED, REGISTRY, RUN, misplaced, similar_names
 from teacher_cache.storage.observe.logs import LOG_FORMAT, start_json_logs, start_text_logs
 from teacher_cache.storage.observe.telemetry import METRICS_PORT, require_metrics
@@ -32,6 +35,7 @@ _Callback = Callable[..., Any]
 _METAVARS = {int: "N", float: "X"}
 # values of settings that need an optional package
 _OPTIONAL = (("executor", "ray", "ray"), ("decoder", "jpeg-scaled", "simplejpeg"))
+_NEW_FOLDERS = (DeployConfig, InheritConfig, MeanConfig, ResizeConfig)  # what their --out names is made
 # settings that name a place, and the kind that must be there, if anything is
 _PLACES = {"cache": CACHE, "reuse": CACHE, "run": RUN, "registry": REGISTRY, "deployed": DEPLOYED}
 
@@ -113,16 +117,8 @@ def check_names(config: StageConfig) -> None:
         CacheError: a cache that must exist cannot be read.
     """
     named: dict[str, Any] = {name: value for name, value in config if value is not None}
-    places = _PLACES | ({"out": RUN} if isinstance(config, TrainConfig) else {})
-    for name in places.keys() & named.keys():
-        # a setting that has a value already is not what was meant
-        free = type(config).model_fields.keys() - named.keys() | {name}
-        if problem := misplaced(named[name], places[name], free):
-            raise UsageError(problem)
+    _check_places(config, named)
     check_device(named.get("device", "cpu"))
-    root = named.get("image_root", "")
-    if root and "://" not in root and not Path(root).is_dir():
-        raise UsageError(f"--image-root {root}: no folder there.{similar_names(root)}")
     for setting, value, module in _OPTIONAL:
         if str(named.get(setting)).startswith(value) and find_spec(module) is None:
             raise MissingPackageError(module, f"{setting} {named[setting]!r}")
@@ -142,6 +138,21 @@ def check_names(config: StageConfig) -> None:
         require_place(open_files(config.cache))
     elif not isinstance(config, ProofConfig):
         _check_cache(config, named)
+
+
+def _check_places(config: StageConfig, named: dict[str, Any]) -> None:
+    """Check that nothing else lies where a setting points, and that images do."""
+    places = _PLACES | ({"out": RUN} if isinstance(config, TrainConfig) else {})
+    for name in places.keys() & named.keys():
+        # a setting that has a value already is not what was meant
+        free = type(config).model_fields.keys() - named.keys() | {name}
+        if problem := misplaced(named[name], places[name], free):
+            raise UsageError(problem)
+    if isinstance(config, _NEW_FOLDERS):
+        require_free(Path(config.out))
+    root = named.get("image_root", "")
+    if root and "://" not in root and not Path(root).is_dir():
+        raise UsageError(f"--image-root {root}: no folder there.{similar_names(root)}")
 
 
 def _check_dataset(config: StageConfig, dataset: str) -> None:
@@ -199,7 +210,7 @@ class _SettingsCommand(Command):
             initials = {"".join(word[0] for word in field.split("_")): field for field in self.fields}
             similar = [initials[setting]] if setting in initials else []
             similar += get_close_matches(setting, [*self.fields, *(flag.lstrip("-") for flag in flags)], n=1)
-            advice = ""
+            advice = " Options of the other program stand behind ' -- '." if "arguments" in self.fields else ""
             if similar and (flag := "--" + similar[0].replace("_", "-")) in flags:
                 advice = f" Did you mean {flag}?"
             elif not similar and setting in TrainConfig.model_fields and "train" in self.fields:

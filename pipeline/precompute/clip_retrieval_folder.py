@@ -36,6 +36,7 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.data.datasets.files import contents
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
+from teacher_cache.storage.files.places import similar_names
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.tables import long_texts
@@ -85,14 +86,15 @@ class ForeignFolder:
         self.location = location
         root = Path(location)
         if not root.is_dir():
-            raise UsageError(f"{location} is no folder; give the one that holds img_emb, text_emb and metadata")
+            hint = similar_names(location)
+            raise UsageError(f"{location} is no folder; give the one that holds img_emb, text_emb and metadata.{hint}")
         metadata = _numbered(root, "metadata", "parquet")
         files = {tower: _numbered(root, name, "npy") for tower, name in _FILES.items()}
         self.towers: tuple[Tower, ...] = tuple(tower for tower, numbered in files.items() if numbered)
         if not metadata or not self.towers:
             raise UsageError(
                 f"{location}: metadata/metadata_N.parquet and img_emb/img_emb_N.npy or text_emb/text_emb_N.npy are "
-                f"wanted, as clip-retrieval and teacher-cache export write them; found {contents(root)}"
+                f"wanted, as clip-retrieval and teacher-cache export write them; {_found(root, bool(metadata))}"
             )
         for tower in self.towers:
             if odd := sorted(set(metadata) ^ set(files[tower])):
@@ -164,6 +166,23 @@ class ForeignFolder:
             local = rows[of_part] - (self._stops[number] - part.rows)
             embedding[of_part], norm[of_part], usable[of_part] = _normalised(np.asarray(part.arrays[tower][local]))
         return embedding, norm, usable
+
+
+def _found(root: Path, named: bool) -> str:
+    """Return what a folder of another form is, or holds.
+
+    Args:
+        named: whether it has metadata.
+    """
+    if (root.parent / "metadata").is_dir():
+        return f"name the folder above: {root.parent}"
+    if any(root.glob("*.tar")):
+        return "here are tars, as export --sidecar writes them: export without --sidecar"
+    if not named and (any(root.glob("*.npy")) or (root / "metadata").is_dir()):
+        return (
+            "without metadata/metadata_N.parquet, whose column image_path names the image of each row, none is matched"
+        )
+    return f"found {contents(root)}"
 
 
 def _numbered(root: Path, name: str, ending: str) -> dict[int, Path]:

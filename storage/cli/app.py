@@ -6,11 +6,13 @@ shows its help, so that ``info`` and ``--help`` import only what they use.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from string import digits
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
@@ -19,7 +21,7 @@ from click.shell_completion import CompletionItem
 
 from teacher_cache.storage.cli.tables import Part, output_width, shown
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.files.places import CACHE, MANIFEST_KEY, misplaced, typed_as
+from teacher_cache.storage.files.places import CACHE, MANIFEST_KEY, REGISTRY, kind_of, misplaced, typed_as
 from teacher_cache.storage.observe.logs import say
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words after the command. A path in the place of an option is answered with its option."""
         ctx.allow_extra_args = True
+        typed = list(args)  # parsing takes words away
         try:
             extra = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -68,8 +71,8 @@ class Command(click.Command):
         if extra:
             if advice := typed_as(extra[0], [str(param.name) for param in self.params]):
                 raise UsageError(advice)
-            expanded = len({Path(word).suffix for word in extra}) == 1 and Path(extra[0]).suffix
-            advice = f"; did the shell expand a pattern? Quote it: '*{expanded}'" if expanded else ""
+            pattern = _before_expansion([word for word in typed if Path(word).suffix == Path(extra[0]).suffix != ""])
+            advice = f"; did the shell expand a pattern? Quote it: '{pattern}'" if pattern else ""
             raise click.UsageError(f"Unexpected words: {' '.join(extra)}{advice}", ctx)
         return extra
 
@@ -85,6 +88,16 @@ class Command(click.Command):
         """Write the example in one line, as it is typed."""
         if self.example:
             formatter.write(f"\nExample: teacher-cache {self.example}\n")
+
+
+def _before_expansion(words: list[str]) -> str:
+    """Return the pattern that a shell expanded to these words. Empty: fewer than two words."""
+    if len(words) < 2:
+        return ""
+    before, ending = os.path.commonprefix(words).rstrip(digits), Path(words[0]).suffix  # noqa: RUF071 - of texts
+    names = [word[len(before) : -len(ending)] for word in words]
+    counted = all(map(str.isdecimal, names)) and int(names[-1]) - int(names[0]) == len(names) - 1
+    return before + (f"{{{names[0]}..{names[-1]}}}" if counted else "*") + ending
 
 
 class _Entry(NamedTuple):
@@ -126,7 +139,16 @@ class Group(click.Group):
         """Parse the words after the group. ``help`` and ``version`` stand for the options of these names."""
         if args and args[0] in ("help", "version"):
             args = [*args[1:], f"--{args[0]}"]
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if ctx.parent is None:
+                raise
+            told = f"No such option {error.option_name!r}. {self._first_a_command(ctx)}"
+            raise click.UsageError(told, ctx) from error
+
+    def _first_a_command(self, ctx: click.Context) -> str:
+        return f"A command stands first: {ctx.command_path} {' or '.join(self.list_commands(ctx))}"
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the command to begin with."""
@@ -164,7 +186,11 @@ class Group(click.Group):
         if not name.startswith("-") and not ctx.resilient_parsing and self.get_command(ctx, name) is None:
             similar = get_close_matches(name, self.list_commands(ctx), n=1)
             hint = f"Did you mean {similar[0]!r}?" if similar else _in_another_group(ctx, name)
-            raise click.UsageError(f"No such command {name!r}. {hint or 'teacher-cache --help lists all.'}", ctx)
+            for place in (name, f"{name}/students"):
+                if kind_of(place) == REGISTRY:
+                    hint = f"Write teacher-cache students list {place}"
+            all_commands = "teacher-cache --help lists all." if ctx.parent is None else self._first_a_command(ctx)
+            raise click.UsageError(f"No such command {name!r}. {hint or all_commands}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

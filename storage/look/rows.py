@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,7 @@ from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.look.nearest import nearest, unit_rows
 from teacher_cache.storage.look.sampling import Progress, require_view, row_blocks, stage
+from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 _MEMORY_BYTES = 64 << 20  # chunks are read once, in order
@@ -119,7 +121,8 @@ def find_neighbours(
     """Find the images and captions nearest to one row by cosine, best first.
 
     Args:
-        image: row number or sample_id; write ``id:`` before a sample_id that is a number.
+        image: row number or sample_id; write ``id:`` before a sample_id that is a number without leading zeros. If a
+            row number is a sample_id too, a line on stderr says so.
         text_row: row of a caption, instead of an image.
         view: view of all images.
         most: maximum number of rows of each tower to compare with; of more, random chunks are used.
@@ -168,9 +171,12 @@ def find_neighbours(
 
 
 def _row_of(reader: EmbeddingReader, image: str) -> int:
-    if image.isdecimal():
+    if image.isdecimal() and str(int(image)) == image:  # 000005 is a name
         row = int(image)
         _require_row(reader, "image", row)
+        with suppress(UsageError):
+            reader.rows_of([image])
+            say(f"row {image}; the image with the sample_id {image} is id:{image}")
         return row
     return int(reader.rows_of([image.removeprefix("id:")])[0])
 

@@ -16,6 +16,7 @@ from tests.conftest import plan_known_cache
 
 TRAIN = "train --cache known.cache --student scenes-small --out o"
 PRECOMPUTE = "precompute --teacher bundled:scenes --cache new.cache --dataset"
+IMPORT = "import --dataset table:pairs.csv --teacher bundled:scenes --cache new.cache"
 TEACHER = "precompute --dataset table:pairs.csv --cache new.cache --teacher"
 CASES = [
     # dataset, teacher, student, device
@@ -47,8 +48,11 @@ CASES = [
     (
         f"{PRECOMPUTE} 0.tar 1.tar 2.tar 3.tar",
         2,
-        "Unexpected words: 2.tar 3.tar; did the shell expand a pattern?",
+        "Unexpected words: 2.tar 3.tar; did the shell expand a pattern? Quote it: '{0..3}.tar'",
     ),
+    (f"{PRECOMPUTE} w:s/008.tar w:s/x.tar w:s/y.tar", 2, "Quote it: 'w:s/*.tar'"),
+    ("train --out o a.toml b.toml c.toml", 2, "Unexpected words: b.toml c.toml; did the shell expand a pattern?"),
+    ("train a.toml b", 2, "Unexpected words: b\n"),
     (f"{PRECOMPUTE} webdataset:no/{{0..3}}.tar", 2, "/no is not there; "),
     (f"{PRECOMPUTE} webdataset:images.tar?txt=line", 2, "txt='line' is not known; it is one of whole, lines"),
     ("train images.tar", 2, "images.tar is a tar of images; a run file is wanted here"),
@@ -61,6 +65,27 @@ CASES = [
     (f"{TRAIN} --init r1", 2, "r1: no student checkpoint here (open_clip_config.json and open_clip_model.safetensors"),
     ("info classes", 2, "classes: no cache here (manifest.json not found). Did you mean classes.cache?"),
     ("look known.cache --image x", 2, "No such option '--image'. It stands without a flag: "),
+    ("students list --home rt", 2, "No such option '--home'."),
+    ("students --home rt", 2, "No such option '--home'. A command stands first: teacher-cache students list or roll"),
+    ("students rt", 2, "No such command 'rt'. Write teacher-cache students list rt/students\n"),
+    ("students list rt", 2, "rt: no registry of students. It holds rt/students.\n"),
+    ("students zz", 2, "No such command 'zz'. A command stands first: teacher-cache students list or rollback\n"),
+    ("student open-clip-train --cache a --model b", 2, "'--model'. Options of the other program stand behind ' -- '."),
+    ("deploy --run r1 --out folder", 2, "folder: is there already. Choose another --out"),
+    ("student mean r1 r1 --out folder", 2, "folder: is there already. Choose another --out"),
+    (
+        f"{IMPORT} foldr",
+        2,
+        "foldr is no folder; give the one that holds img_emb, text_emb and metadata. Did you mean fo",
+    ),
+    (f"{IMPORT} sidecar", 2, "write them; here are tars, as export --sidecar writes them: export without --sidecar\n"),
+    (f"{IMPORT} foreign/img_emb", 2, "write them; name the folder above: foreign\n"),
+    (
+        f"{IMPORT} foreign",
+        2,
+        "write them; without metadata/metadata_N.parquet, whose column image_path names the image",
+    ),
+    (f"{IMPORT} classes", 2, "write them; found cat/, dog/\n"),
     ("infer pears.csv --text a --student shipped", 2, "pears.csv is not there; "),
     ("infer pairs.csv --text= --student shipped", 2, "--text is empty"),
     ("retrain --batch-size 3", 2, "No such option '--batch-size'. Did you mean --set train.batch_size=VALUE?"),
@@ -141,8 +166,17 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("places")
     plan_known_cache(here / "known.cache")
     plan_known_cache(here / "classes.cache")
-    for name in ("r1", "checkpoint", "shipped", "folder"):
-        (here / name).mkdir()
+    for name in (
+        "r1",
+        "checkpoint",
+        "shipped",
+        "folder",
+        "rt/students/candidates",
+        "sidecar",
+        "foreign/img_emb",
+        "foreign/metadata",
+    ):
+        (here / name).mkdir(parents=True)
     (here / "r1/run.json").write_text(json.dumps({"config": {"cache": str(here / "known.cache")}}))
     (here / "shipped/deploy.json").write_text('{"run": "r1"}')
     (here / "checkpoint/open_clip_config.json").write_text("{}")
@@ -150,7 +184,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("cat", "dog"):
         (here / "classes" / name).mkdir(parents=True)
         (here / "classes" / name / "a.jpg").write_bytes(b"")
-    for name in ("images.tar", "book.xlsx"):
+    for name in ("images.tar", "book.xlsx", "sidecar/0.tar", "foreign/img_emb/img_emb_0.npy"):
         (here / name).write_bytes(bytes(1024))
     (here / "pairs.csv").write_text("path,caption\na.jpg,b\n")
     return here

@@ -82,6 +82,23 @@ def test_large_galleries_are_drawn_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("image", "row", "said"),
+    [
+        ("0002", 3, ""),
+        ("2", 2, "row 2; the image with the sample_id 2 is id:2\n"),
+        ("id:2", 1, ""),
+        ("3", 3, ""),
+    ],
+)
+def test_a_number_is_a_row_and_one_with_leading_zeros_a_sample_id(
+    image: str, row: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_known_cache(tmp_path / "c", images=4, captions=4, sample_ids=["a", "2", "b", "0002"])
+    found = find_neighbours(str(tmp_path / "c"), image=image).image
+    assert (found and found.row, capsys.readouterr().err) == (row, said)
+
+
+@pytest.mark.parametrize(
     ("query", "message"),
     [
         ({}, "name one row to compare with"),
