@@ -219,7 +219,7 @@ class Trackers:
 
 
 _ADVICE = {
-    "wandb": " Log in by: wandb login. Without a network: WANDB_MODE=offline, and later wandb sync.",
+    "wandb": " Without an account or a network: WANDB_MODE=offline, and later wandb sync.",
     "mlflow": " MLFLOW_TRACKING_URI names the server, or a folder as file:mlruns.",
 }
 

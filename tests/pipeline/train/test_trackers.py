@@ -21,7 +21,6 @@ from wandb.proto import wandb_internal_pb2
 
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.train.loop import train
-from teacher_cache.storage.errors import UsageError
 from tests.object_store import free_ports
 from tests.pipeline.train.train_work import make_student, run_command, trace, train_config
 
@@ -132,16 +131,23 @@ def test_a_tracker_that_fails_later_is_left_out(
 
 
 def test_one_that_cannot_begin_ends_the_run_before_its_first_step(
-    photo_cache: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photo_cache: Path, student: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("WANDB_MODE", "online")
-    for name in ("WANDB_API_KEY", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(UsageError, match=r"report_to wandb: .*WANDB_MODE=offline"):
-        train(train_config(photo_cache, student, tmp_path / "run", report_to="wandb"))
+    """In a process of its own: wandb reads its settings once."""
+    config = train_config(photo_cache, student, tmp_path / "run", report_to="wandb")
+    code = (
+        "import sys; from teacher_cache.pipeline.train.loop import train;"
+        "from teacher_cache.pipeline.settings.train import TrainConfig;"
+        "train(TrainConfig.model_validate_json(sys.argv[1]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"WANDB_MODE": "online", "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code, config.model_dump_json()]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert "UsageError: report_to wandb: UsageError: No API key configured" in told.stderr
+    assert "WANDB_MODE=offline" in told.stderr
     assert not (tmp_path / "run" / "log.jsonl").exists()
-    train(train_config(photo_cache, student, tmp_path / "run", report_to="none"))  # the folder is not spoiled
+    train(config.model_copy(update={"report_to": ()}))  # the folder is not spoiled
     assert RunFolder(tmp_path / "run").read().finished
 
 
