@@ -21,8 +21,10 @@ def code(value: Any) -> str:
     return "`" + str(value).replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"
 
 
-def cache_text(info: CacheInfo, recall: SampledRecall | None, problems: Sequence[str] = ()) -> str:
-    """Return the text of a finished cache: its identity, the teacher's own recall, and problems.
+def cache_text(
+    info: CacheInfo, recall: SampledRecall | None, problems: Sequence[str] = (), hints: Sequence[str] = ()
+) -> str:
+    """Return the text of a finished cache: its identity, the teacher's own recall, problems and hints.
 
     Args:
         recall: recall of the teacher; None if the captions are prompts of classes.
@@ -35,7 +37,7 @@ def cache_text(info: CacheInfo, recall: SampledRecall | None, problems: Sequence
         rows = (("image to text", recall.i2t), ("text to image", recall.t2i))
         table = ([name, *(f"{values[column]:.1f}" for column in columns)] for name, values in rows)
         lines += [f"The teacher's own recall, {of}, in percent:", "", *_table(["recall", *columns], table), ""]
-    lines += _problem_list(problems)
+    lines += _list("Problems", problems) + _list("Hints", hints)
     return "\n".join([*lines, f"Identity {code(info.identity_digest)}, manifest {code(info.manifest_digest)}."])
 
 
@@ -46,8 +48,8 @@ def problem_lines(result: PrecomputeResult) -> list[str]:
     return [*result.problem_details, *listed]
 
 
-def _problem_list(problems: Sequence[str]) -> list[str]:
-    return ["Problems:", "", *(f"- {code(line)}" for line in problems), ""] if problems else []
+def _list(title: str, lines: Sequence[str]) -> list[str]:
+    return [f"{title}:", "", *(f"- {code(line)}" for line in lines), ""] if lines else []
 
 
 def _identity_table(info: CacheInfo) -> list[str]:
@@ -172,7 +174,7 @@ def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None,
         if found.reuse:
             lines += ["", f"Copied from {code(found.reuse)}: {copied}; the teacher saw the others."]
         if problems := problem_lines(encoded):
-            lines += ["", *_problem_list(problems)]
+            lines += ["", *_list("Problems", problems)]
     if candidate is not None:
         lines += ["", f"Student {candidate.number}, {code(candidate.run)}: {candidate.reason}.", ""]
         lines += [line for learned in candidate.learned_lines() for line in (f"{learned}.", "")]

@@ -6,8 +6,11 @@ name. All others are in one object, ``advanced``, which a run gives or leaves as
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import NoneType
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args
@@ -20,6 +23,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from teacher_cache.pipeline.settings.base import StageConfig
 from teacher_cache.pipeline.settings.run_file import check_config
+from teacher_cache.storage.errors import CacheError, UsageError
 
 ReportPage = Annotated[
     bool, Field(description="Report page beside the result and main chart as an artifact. Default: true.")
@@ -32,6 +36,9 @@ _ADVANCED = (
     "Settings for experts; leave them as they are. A run that gives this object replaces it as a whole: settings that "
     "it does not name get their own defaults."
 )
+# a flag with its value, not one in a sentence: --max-problems 16, --set NAME=VALUE; no --towers needs
+_FLAG = re.compile(r"--(?:set (\w+)=|([a-z][a-z-]*) )('[^']*'|(?!-)(?=cpu|last|[a-z]*[^a-z\s,;.)])[^\s,;)]*[^\s,;.)])")
+_SETTINGS: dict[str, tuple[Sequence[str], type[BaseModel]]] = {}  # of each flow: parameters, and fields of advanced
 _FOLDERS = ("out", "run", "home")  # their last part alone says little: a, 0001
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -76,12 +83,17 @@ def parameters_of(
         )
         checked = pydantic.create_model("Own", __base__=StageConfig, **own)
         where = function.__name__.replace("_", "-")
+        _SETTINGS[where] = (everyday, experts)
 
         @functools.wraps(function)
         def flow(*, advanced: Any = None, **given: Any) -> Any:
             settings = dict(**{name: value for name, value in given.items() if value != ""}, **(advanced or {}))
             mine = check_config(checked, {name: settings[name] for name in settings.keys() & own}, where)
-            return function(**settings | mine.model_dump(exclude_unset=True))
+            try:
+                return function(**settings | mine.model_dump(exclude_unset=True))
+            except Exception as error:
+                in_parameters(where, error)
+                raise
 
         described = {name: fields[name].description for name in everyday} | {"advanced": _ADVANCED}
         lines = "".join(f"    {name}: {text}\n" for name, text in described.items())
@@ -92,6 +104,34 @@ def parameters_of(
         return flow  # type: ignore[return-value]
 
     return give
+
+
+def in_parameters(where: str, error: Exception) -> None:
+    """Rewrite flags in the message of an error as parameters of the flow ``where``, and its command as that of Prefect.
+
+    ``--cache NEW`` becomes ``-p cache=NEW``, ``--max-problems 16`` ``-p 'advanced={"max_problems": "16"}'``. What is
+    said of another command stays, and so does any other error.
+    """
+    if where not in _SETTINGS or not isinstance(error, CacheError | UsageError):
+        return
+    everyday, experts = _SETTINGS[where]
+
+    def rewritten(flag: re.Match[str]) -> str:
+        name, value = (flag[1] or flag[2]).replace("-", "_"), flag[3]
+        if name in everyday:
+            return f"-p {name}={value}"
+        if name not in experts.model_fields:
+            return flag[0]
+        typed = value.strip("'")
+        with contextlib.suppress(ValueError):
+            typed = experts(**{name: typed}).model_dump(mode="json")[name]
+        return f"-p 'advanced={json.dumps({name: typed})}'"
+
+    verb = where.partition("-")[0]
+    text, command, rest = str(error).partition("teacher-cache ")
+    if rest.startswith(f"{verb} "):
+        text, command, rest = f"{text}prefect deployment run {where}/default{rest.removeprefix(verb)}", "", ""
+    error.args = (_FLAG.sub(rewritten, text) + command + rest,)
 
 
 class _Field(NamedTuple):

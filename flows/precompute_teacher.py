@@ -20,7 +20,7 @@ from pydantic import Field
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.markdown import cache_text, problem_lines
 from teacher_cache.flows.parameters import ReportPage, named, parameters_of
-from teacher_cache.flows.progress import LoggedProgress, Share, progress_artifact
+from teacher_cache.flows.progress import LoggedProgress, Share, hints_logged, progress_artifact
 from teacher_cache.flows.report_artifacts import leave_report, page_beside, teacher_recall
 from teacher_cache.flows.retries import TRIED_AGAIN
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
@@ -58,7 +58,8 @@ def precompute_teacher(
     slots = contextlib.nullcontext() if fans_out else device_slots(config.device)
     with progress_artifact(ARTIFACT, config.cache) as progress:
         with slots, observed(run=flow_run.name, cache=config.cache):
-            spans = plan(config, chunks_per_span, progress.part(0, 0))
+            with hints_logged() as hints:
+                spans = plan(config, chunks_per_span, progress.part(0, 0))
             if spans and fans_out:
                 encoded, spans = fan_out(config, spans, progress.part(0, 1)), []
             chunks, done = sum(map(len, spans)), 0
@@ -68,7 +69,7 @@ def precompute_teacher(
         result = seal(config.cache, encoded, time.perf_counter() - started, config.reuse)
         LoggedProgress(get_run_logger(), progress).end(f"finished, {encoded:,} chunks encoded by this run")
     create_table_artifact(summary_table(result), key=ARTIFACT, description=f"`{result.cache}`")
-    describe(result, report)
+    describe(result, report, hints)
     return result.model_dump(mode="json", exclude={"problem_details", "splits"})
 
 
@@ -147,14 +148,14 @@ def log_problems(result: PrecomputeResult) -> None:
 
 
 @task(name="report", task_run_name="report", **TRIED_AGAIN)
-def describe(result: PrecomputeResult, report: bool) -> None:
-    """Create a Markdown artifact of the finished cache and, with ``report``, its page and chart."""
+def describe(result: PrecomputeResult, report: bool, hints: Sequence[str]) -> None:
+    """Create a Markdown artifact of the finished cache with the hints and, with ``report``, its page and chart."""
     from teacher_cache.storage.look.info import describe_cache
 
     cache = result.cache
     page = leave_report(ARTIFACT, cache, page_beside(cache)) if report else None
     recall = page.recall if page and page.collected else teacher_recall(cache)
-    text = cache_text(describe_cache(cache), recall, problem_lines(result)) + (page.line() if page else "")
+    text = cache_text(describe_cache(cache), recall, problem_lines(result), hints) + (page.line() if page else "")
     create_markdown_artifact(text, key=f"{ARTIFACT}-report")
 
 

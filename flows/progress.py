@@ -21,6 +21,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from pydantic import BaseModel, Field
 
+from teacher_cache.flows.parameters import in_parameters
+from teacher_cache.storage.observe.logs import hints_heard_by
+
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_MOVES = 2.0  # each is a request to the server, which all runs share
 _SECONDS_AFTER_A_FAILURE, _MOST_SECONDS_AFTER = 60.0, 960.0  # doubled with each failure in a row
@@ -64,8 +67,23 @@ def progress_artifact(key: str, what: str) -> Iterator[Share]:
     try:
         yield share
     except Exception as error:
+        in_parameters(key, error)
         LoggedProgress(get_run_logger(), share).fail(error)
         raise
+
+
+@contextlib.contextmanager
+def hints_logged() -> Iterator[list[str]]:
+    """Yield a list that gets each hint of the block once. The run logs it as a warning."""
+    hints: list[str] = []
+
+    def log(line: str) -> None:
+        if line not in hints:
+            hints.append(line)
+            get_run_logger().warning(line)
+
+    with hints_heard_by(log):
+        yield hints
 
 
 def _update(artifact: UUID, percent: float | None, description: str) -> None:

@@ -18,7 +18,7 @@ from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.markdown import retraining_text
 from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, named, parameters_of
 from teacher_cache.flows.precompute_teacher import log_problems
-from teacher_cache.flows.progress import LoggedProgress
+from teacher_cache.flows.progress import LoggedProgress, hints_logged
 from teacher_cache.flows.report_artifacts import leave_report
 from teacher_cache.flows.retries import TRIED_AGAIN
 from teacher_cache.pipeline.settings.promote import RetrainConfig
@@ -83,7 +83,8 @@ def look(config: RetrainConfig) -> Look:
     from teacher_cache.pipeline.promote.retrain import Retraining
 
     logger = get_run_logger()
-    state = Retraining(config).look(LoggedProgress(logger))
+    with hints_logged() as hints:
+        state = Retraining(config).look(LoggedProgress(logger))
     if state.judged is not None:
         logger.info(f"nothing new: student {state.judged.number} was trained from {state.cache}, which is up to date")
     elif state.changes is not None:
@@ -94,7 +95,7 @@ def look(config: RetrainConfig) -> Look:
         )
     for notice in state.notices:
         logger.warning(notice)
-    return state
+    return state.model_copy(update={"notices": (*state.notices, *hints)})
 
 
 @task(name="encode", task_run_name="encode", **TRIED_AGAIN)

@@ -41,7 +41,7 @@ from teacher_cache.pipeline.settings.base import Precision
 from teacher_cache.pipeline.settings.names import BUNDLED, TRANSFORMERS, check_teacher, teacher_folder
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity
-from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.logs import hint
 from teacher_cache.storage.observe.safe_text import printable
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -230,7 +230,7 @@ def load_teacher(
     """
     where = resolve_device(device)
     if precision == "fp16" and where.type == "cpu":
-        say("warning: precision fp16 is many times slower than fp32 on a CPU, and meant for a GPU")
+        hint("warning: precision fp16 is many times slower than fp32 on a CPU, and meant for a GPU")
     require_decoder(decoder or PILLOW)  # before the weights are read
     what = f"teacher {printable(name)!r}"
     check_teacher(name, pretrained, open_clip.list_models, open_clip.list_pretrained_tags_by_model)

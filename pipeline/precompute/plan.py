@@ -32,7 +32,7 @@ from teacher_cache.storage.format.tables import (
     chunk_rows_sha256,
     samples_sha256,
 )
-from teacher_cache.storage.observe.logs import command_line, event, logger, say
+from teacher_cache.storage.observe.logs import command_line, event, hint, logger, say
 from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
@@ -263,7 +263,7 @@ def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progres
     if settings.have is None:
         _require_few_problems(settings.config, spec, dataset)
         if spec.kind != "labelled" and not any(sample.split for sample in dataset.samples):
-            say("nothing is held out to measure on: ?holdout=10% behind the dataset sets a part aside")
+            hint("nothing is held out to measure on: ?holdout=10% behind the dataset sets a part aside")
     tables = dataset_tables(dataset, digests)
     return PlannedDataset(settings, spec, dataset, tables, settings.identity(teacher, dataset_identity(spec, tables)))
 

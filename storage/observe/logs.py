@@ -33,6 +33,7 @@ _ROOT.addHandler(logging.NullHandler())  # else Python prints warnings of logger
 _bound: dict[str, Any] = {}
 _process_run: str | None = None
 _count: Callable[[str, dict[str, Any]], None] | None = None
+_hear: Callable[[str], None] | None = None
 
 
 class JsonFormatter(logging.Formatter):
@@ -135,6 +136,22 @@ def say(line: str) -> None:
         event(logger("command"), logging.ERROR if line.startswith("error:") else logging.INFO, line)
     else:
         print(line, file=sys.stderr)  # noqa: T201
+
+
+def hint(line: str) -> None:
+    """Say what a person should know or change before the next run, or pass it to :func:`hints_heard_by`."""
+    (_hear or say)(line)
+
+
+@contextmanager
+def hints_heard_by(hear: Callable[[str], None]) -> Iterator[None]:
+    """Pass the lines of :func:`hint` in this process to ``hear`` while the block runs, not to stderr."""
+    global _hear
+    _hear = hear
+    try:
+        yield
+    finally:
+        _hear = None
 
 
 def suggest_next(*words: str, **options: Any) -> None:

@@ -188,7 +188,8 @@ def test_the_first_problems_are_listed_and_the_others_counted(known_cache):
     )
     more = "1,199 more: teacher-cache info c.cache --problems lists them"
     assert problem_lines(result) == [*result.problem_details, more]
-    text = cache_text(describe_cache(str(known_cache)), None, problem_lines(result))
+    text = cache_text(describe_cache(str(known_cache)), None, problem_lines(result), ["?txt=lines splits them"])
+    assert "\nHints:\n\n- `?txt=lines splits them`\n" in text
     listed = text.partition("Problems:\n\n")[2].partition("\n\n")[0]
     assert listed.splitlines() == [
         "- `undecodable-image: a\\|b.jpg: cut short`",

@@ -20,7 +20,7 @@ from prefect.utilities.callables import get_call_parameters, parameter_schema
 
 from teacher_cache.flows.deploy_student import deploy_student
 from teacher_cache.flows.evaluate_student import evaluate_student
-from teacher_cache.flows.parameters import ReportPage, parameters_of
+from teacher_cache.flows.parameters import ReportPage, in_parameters, parameters_of
 from teacher_cache.flows.precompute_teacher import precompute_teacher, span_name
 from teacher_cache.flows.retrain_student import retrain_student
 from teacher_cache.flows.train_student import train_student
@@ -172,6 +172,36 @@ def test_a_wrong_value_is_told_in_one_line(flow, given, reason):
     """A UsageError: a run that fails by one has the sentence in its log, and no traceback."""
     with pytest.raises(UsageError, match=f"^{re.escape(f'{flow.name}: {reason}')}$"):
         call(flow, **given)
+
+
+@pytest.mark.parametrize(
+    ("flow", "said", "instead"),
+    [
+        ("precompute", "leave them out: --max-problems 16", """leave them out: -p 'advanced={"max_problems": "16"}'"""),
+        ("precompute", "--max-problems 10% caches them", """-p 'advanced={"max_problems": "10%"}' caches them"""),
+        ("precompute", "use --device cpu. Leave --reuse out", "use -p device=cpu. Leave --reuse out"),
+        ("precompute", "--views 3 copies all", "-p 'advanced={\"views\": 3}' copies all"),
+        (
+            "precompute",
+            "as it is: teacher-cache precompute --dataset 'table:a b?x=1' --reuse OLD --cache NEW.",
+            "as it is: prefect deployment run precompute-teacher/default -p dataset='table:a b?x=1' -p reuse=OLD "
+            "-p cache=NEW.",
+        ),
+        (
+            "train",
+            "or --device cpu, or teacher-cache precompute --views 4 --reuse OLD --cache NEW.",
+            "or -p device=cpu, or teacher-cache precompute --views 4 --reuse OLD --cache NEW.",
+        ),
+        ("train", "use --set captions_per_image=0.", "use -p 'advanced={\"captions_per_image\": 0}'."),
+        ("evaluate", "--towers needs; take --checkpoint last", "--towers needs; take -p checkpoint=last"),
+    ],
+)
+def test_the_way_out_of_an_error_is_written_as_parameters(flow, said, instead):
+    where = next(stage.name for stage, _ in STAGES if stage.name.startswith(flow))
+    error = UsageError(said)
+    in_parameters(where, error)
+    in_parameters(where, error)
+    assert str(error) == instead
 
 
 def test_parameters_that_a_flow_does_not_have_or_that_are_missing_are_refused():

@@ -14,8 +14,9 @@ import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 import teacher_cache.flows.progress
-from teacher_cache.flows.progress import LoggedProgress, Share, progress_artifact
+from teacher_cache.flows.progress import LoggedProgress, Share, hints_logged, progress_artifact
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.observe.logs import hint
 
 
 class Log:
@@ -109,6 +110,19 @@ def test_an_error_that_ends_the_run_is_shown_where_the_progress_stopped(server, 
         (25.0, "`c.cache`: images: 1 of 4"),
         (None, "`c.cache`: failed, UsageError: dataset kind 'flicker' is not known"),
     ]
+
+
+def test_a_hint_is_logged_once_and_kept_and_not_said_elsewhere(monkeypatch, capsys):
+    log = Log()
+    monkeypatch.setattr("teacher_cache.flows.progress.get_run_logger", lambda: log)
+    with hints_logged() as hints:
+        for line in ("?txt=lines splits them", "?txt=lines splits them", "nothing is held out"):
+            hint(line)
+    assert hints == ["?txt=lines splits them", "nothing is held out"]
+    assert log.lines == [f"warning: {line}" for line in hints]
+    assert capsys.readouterr().err == ""
+    hint("said")
+    assert (hints[2:], capsys.readouterr().err) == ([], "said\n")
 
 
 def test_lines_are_written_every_half_minute_with_or_without_an_artifact(server):

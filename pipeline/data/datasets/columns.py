@@ -10,7 +10,7 @@ from typing import Any
 from teacher_cache.pipeline.data.datasets.files import IMAGE_ENDINGS
 from teacher_cache.pipeline.settings.names import did_you_mean
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.logs import hint
 from teacher_cache.storage.observe.safe_text import printable
 
 # role -> accepted column names, the most likely first
@@ -93,7 +93,7 @@ def find_columns(root: str, header: Sequence[str], options: Mapping[str, str | N
 
 @lru_cache(maxsize=1)
 def _say_unread(root: str, line: str) -> None:
-    say(f"{line}. A column of splits is named by ?split=COLUMN")
+    hint(f"{line}. A column of splits is named by ?split=COLUMN")
 
 
 def _advice(role: str, header: Sequence[str]) -> str:

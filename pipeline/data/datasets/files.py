@@ -15,7 +15,7 @@ from typing import IO, Any, BinaryIO
 
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import similar_name
-from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.logs import hint
 from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.observe.safe_text import NOT_TEXT, printable
 
@@ -275,7 +275,7 @@ def open_text(path: Path, encoding: str = "utf-8") -> io.TextIOWrapper:
 def say_several_lines(root: str, texts: int) -> None:
     """Say how many texts of several lines were read as one caption each, if any."""
     if texts:
-        say(f"{root}: {counted(texts, 'text')} of several lines, read as one caption each; ?txt=lines splits them")
+        hint(f"{root}: {counted(texts, 'text')} of several lines, read as one caption each; ?txt=lines splits them")
 
 
 def as_text(file: IO[bytes], encoding: str = "utf-8") -> io.TextIOWrapper:

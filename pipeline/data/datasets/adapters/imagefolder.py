@@ -26,7 +26,7 @@ from teacher_cache.pipeline.data.datasets.files import (
 from teacher_cache.pipeline.data.datasets.prompts import filled, match_classes, read_class_names, read_templates
 from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.logs import hint, say
 from teacher_cache.storage.observe.safe_text import printable
 
 _WORDS = re.compile(r"[a-z]+")
@@ -72,7 +72,7 @@ def _say_classes(root: str, names: tuple[str, ...], folders: tuple[Path, ...]) -
         # a class has a picture among its first files: few are looked at
         if not any(map(is_image, folder.iterdir())) and (inner := entries_in(folder)[0]):
             below = printable(_listed([path.name for path in inner]))
-            say(f"{folder}: its pictures lie in {below}, which count as one class. Are those the classes?")
+            hint(f"{folder}: its pictures lie in {below}, which count as one class. Are those the classes?")
 
 
 def _listed(names: Sequence[str]) -> str:
