@@ -10,7 +10,7 @@ import click
 
 from teacher_cache.pipeline.cli.options import Settings, log_format_option, metrics_option, settings_command
 from teacher_cache.pipeline.cli.stopping import chunks_committed, resumable
-from teacher_cache.pipeline.settings.names import first_student
+from teacher_cache.pipeline.settings.names import first_student, next_run
 from teacher_cache.pipeline.settings.precompute import ImportConfig, PrecomputeConfig, ProofConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.cli.app import cache_argument, command, json_flag, print_json, print_lines, print_result
@@ -62,11 +62,11 @@ def precompute(config: PrecomputeConfig, dry_run: bool, as_json: bool) -> None:
 
 def _suggest_use(config: PrecomputeConfig, teacher: str, splits: Iterable[str]) -> None:
     if config.dataset.startswith("labelled:"):
-        suggest_next("zero-shot", "DATASET", cache=config.cache)
+        suggest_next("zero-shot", config.dataset, cache=config.cache)
     else:
         split = "" if "train" in splits else next((name for name in splits if "train" in name.lower()), "")
         named = {"split": split} if split else {}
-        suggest_next("train", cache=config.cache, **named, student=first_student(teacher), out="runs/a")
+        suggest_next("train", cache=config.cache, **named, student=first_student(teacher), out=next_run())
 
 
 @settings_command(

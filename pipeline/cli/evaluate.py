@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
-from teacher_cache.pipeline.settings.names import first_student
+from teacher_cache.pipeline.settings.names import first_student, next_run
 from teacher_cache.storage.cli.app import json_flag, print_result
 from teacher_cache.storage.cli.tables import Table
 from teacher_cache.storage.observe.logs import command_line, say, suggest_next
@@ -70,7 +70,7 @@ def _near_chance(result: EvaluateResult) -> str:
 
 def _after(result: EvaluateResult) -> tuple[str, ...]:
     if result.run is None:
-        return "train", "--cache", result.cache, "--student", first_student(result.teacher_name), "--out", "runs/a"
+        return "train", "--cache", result.cache, "--student", first_student(result.teacher_name), "--out", next_run()
     if result.unfinished:
         return "train", "--resume", "--out", result.run
     return "deploy", "--run", result.run, "--out", f"deployed/{Path(result.run).resolve().name}"

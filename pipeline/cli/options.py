@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
-from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
@@ -21,7 +21,7 @@ from teacher_cache.pipeline.settings.names import check_device, check_student, c
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
 from teacher_cache.pipeline.settings.run_file import RUN_FILE_STAGES, explicit_settings, load_config
 from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
-from teacher_cache.pipeline.settings.train import TrainConfig
+from teacher_cache.pipeline.settings.train import IMAGES_ALONE, TrainConfig
 from teacher_cache.storage.cli.app import Argument, Command, Option, complete_cache
 from teacher_cache.storage.errors import CacheNotFoundError, MissingPackageError, UsageError
 from teacher_cache.storage.files.location import open_files
@@ -30,12 +30,17 @@ from teacher_cache.storage.files.places import CACHE, DEPLOYED, REGISTRY, RUN, m
 from teacher_cache.storage.observe.logs import LOG_FORMAT, start_json_logs, start_text_logs
 from teacher_cache.storage.observe.telemetry import METRICS_PORT, require_metrics
 
+if TYPE_CHECKING:
+    from teacher_cache.storage.format.identity import DatasetIdentity
+    from teacher_cache.storage.format.manifest import CacheManifest
+
 _C = TypeVar("_C", bound=StageConfig)
 _Callback = Callable[..., Any]
 _METAVARS = {int: "N", float: "X"}
 # values of settings that need an optional package
 _OPTIONAL = (("executor", "ray", "ray"), ("decoder", "jpeg-scaled", "simplejpeg"))
 _NEW_FOLDERS = (DeployConfig, InheritConfig, MeanConfig, ResizeConfig)  # what their --out names is made
+_PICTURES = ("folder", "images", "pictures", "photos", "path")  # flags of the dataset in other tools
 # settings that name a place, and the kind that must be there, if anything is
 _PLACES = {"cache": CACHE, "reuse": CACHE, "run": RUN, "registry": REGISTRY, "deployed": DEPLOYED}
 
@@ -160,6 +165,7 @@ def _check_dataset(config: StageConfig, dataset: str) -> None:
         from teacher_cache.pipeline.evaluate.labelled_images import labelled_spec
 
         labelled_spec(config)
+        config.require_model()
     else:
         from teacher_cache.pipeline.data.datasets.spec import check_dataset
 
@@ -167,30 +173,81 @@ def _check_dataset(config: StageConfig, dataset: str) -> None:
 
 
 def _check_cache(config: StageConfig, named: dict[str, Any]) -> None:
-    """Check that the run is one, and that the cache is finished and has the splits."""
+    """Check that the run is one, and that the cache is finished and has the splits, the captions and the pictures."""
     from teacher_cache.pipeline.models.run_folder import RunFolder
     from teacher_cache.storage.format.manifest_file import read_manifest, require_sealed
 
-    cache = named.get("cache")
+    cache, roots = named.get("cache"), []
     if "run" in named:
         record = RunFolder(named["run"]).read()
-        cache = cache or record.config.cache
-    if cache is None or isinstance(config, ZeroShotConfig):  # which may make its cache
+        cache, roots = cache or record.config.cache, [record.image_root]
+    if cache is None:
         return
     files = open_files(cache)
     try:
         manifest = read_manifest(files)
     except CacheNotFoundError:
-        if "cache" in named:
+        if "cache" in named and not isinstance(config, ZeroShotConfig):  # which may make its cache
             raise
         return  # a run whose cache has moved: the command says so
+    if isinstance(config, ZeroShotConfig):
+        if "cache" in named and manifest.identity.dataset.kind != "labelled":
+            teacher = manifest.identity.teacher.name
+            raise UsageError(
+                f"{cache} holds captions of images, to train on; zero-shot needs a cache of the prompts of all "
+                f"classes. Leave --cache out, or name a new one: --cache zs.cache --teacher {teacher}"
+            )
+        return
+    splits = manifest.identity.dataset.splits
     if "split" in named:
-        manifest.require_split(learned_split(config, manifest.identity.dataset.splits), cache)
+        manifest.require_split(learned_split(config, splits), cache)
     if "select_split" in named:
         manifest.require_split(named["select_split"], cache)
     require_sealed(files, manifest)
     if isinstance(config, TrainConfig):
-        config.fitted(manifest.identity.dataset.splits, manifest.identity.dataset.splits.__getitem__)
+        config.fitted(splits, splits.__getitem__)
+        _require_captions(config, manifest.identity.dataset)
+    fields = type(config).model_fields
+    if "image_root" in fields and "pixels" not in named and ("run" not in fields or "run" in named):
+        _require_pictures(cache, manifest, [manifest.source.image_root, *roots], named.get("image_root"))
+
+
+def _require_captions(config: TrainConfig, dataset: DatasetIdentity) -> None:
+    """Check that the images have captions, where the counts tell at once that some have none."""
+    if config.captions_per_image and dataset.captions < dataset.images:
+        from teacher_cache.storage.read.reader import EmbeddingReader
+
+        reader = EmbeddingReader(config.cache)
+        reader.require_captions(reader.row_set(learned_split(config, dataset.splits)), IMAGES_ALONE)
+
+
+def _require_pictures(cache: str, manifest: CacheManifest, roots: Sequence[str], typed: str | None) -> None:
+    """Check that the first, the middle or the last picture of a cache is there. Opens none.
+
+    Args:
+        roots: folders that the pictures were below.
+        typed: folder that was typed in their place.
+    """
+    if typed is None and any("://" in root or Path(root).is_dir() for root in roots):
+        return
+    import numpy as np
+
+    from teacher_cache.pipeline.data.datasets.parquet_cells import in_cell
+    from teacher_cache.pipeline.data.datasets.samples import ImageSource
+    from teacher_cache.storage.format.table_rows import TableRows
+    from teacher_cache.storage.format.tables import SAMPLES
+
+    last = manifest.layout.image_rows - 1
+    samples = TableRows(open_files(cache), manifest, SAMPLES, columns=["uri"]).take(np.unique([0, last // 2, last]))
+    uris = samples["uri"].to_pylist()
+    for target in (ImageSource(root).resolve(uri) for root in ([typed] if typed else roots) for uri in uris):
+        if "://" in target or in_cell(target) or Path(target).exists():
+            return
+    if typed:
+        raise UsageError(f"--image-root {typed}: {uris[0]} of {cache} is not in it; name the folder that holds it")
+    raise UsageError(
+        f"{roots[-1]} is not there: were the images of {cache} moved? Name their folder: --image-root FOLDER"
+    )
 
 
 class _SettingsCommand(Command):
@@ -211,7 +268,9 @@ class _SettingsCommand(Command):
             similar = [initials[setting]] if setting in initials else []
             similar += get_close_matches(setting, [*self.fields, *(flag.lstrip("-") for flag in flags)], n=1)
             advice = " Options of the other program stand behind ' -- '." if "arguments" in self.fields else ""
-            if similar and (flag := "--" + similar[0].replace("_", "-")) in flags:
+            if setting in _PICTURES and "--dataset" in flags:
+                advice = " Pictures are named by --dataset images:FOLDER"
+            elif similar and (flag := "--" + similar[0].replace("_", "-")) in flags:
                 advice = f" Did you mean {flag}?"
             elif not similar and setting in TrainConfig.model_fields and "train" in self.fields:
                 advice = f" Did you mean --set train.{setting}=VALUE?"

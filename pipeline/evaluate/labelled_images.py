@@ -5,6 +5,7 @@ Names of datasets:
     imagefolder:PATH          a folder per class, optionally below a folder per split
     webdataset:PATH           tars with .cls beside each image, as clip-benchmark exports its datasets
     torchvision:NAME:PATH     a torchvision dataset at PATH; nothing is downloaded
+    labelled:PATH             one of these as precompute caches it, with its settings
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from teacher_cache.pipeline.data.datasets.adapters import check_form
-from teacher_cache.pipeline.data.datasets.adapters.labelled import FORMS, ClassPrompts, class_prompts, list_images
+from teacher_cache.pipeline.data.datasets.adapters.labelled import (
+    FORMS,
+    ClassPrompts,
+    class_prompts,
+    form_of,
+    list_images,
+)
 from teacher_cache.pipeline.data.datasets.holdout import HELD_OUT
 from teacher_cache.pipeline.data.datasets.records import SampleSet
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
@@ -95,20 +102,23 @@ def labelled_spec(config: ZeroShotConfig) -> DatasetSpec:
         spec = DatasetSpec("torchvision", path, (("name", name),))
     else:
         spec = DatasetSpec.parse(config.dataset)
+    options, known, as_cached = dict(spec.options), _OPTIONS, spec.kind == "labelled"
+    if as_cached:
+        spec = DatasetSpec(options.pop("form", "") or form_of(spec.root), spec.root)
+        known = known | {"prompts": "prompts", "class_names": "class_names"}
     if spec.kind not in FORMS:
         raise UsageError(
             f"{spec}: images without labels. Labelled images are imagefolder:PATH, webdataset:PATH and "
             "torchvision:NAME:PATH"
         )
-    options = dict(spec.options)
     name = options.pop("name", "") if spec.kind == "torchvision" else ""
-    unknown = sorted(set(options) - set(_OPTIONS))
+    unknown = sorted(set(options) - set(known))
     if unknown:
-        raise UsageError(f"{spec}: no option {unknown[0]!r} here; there are {', '.join(_OPTIONS)}")
+        raise UsageError(f"{spec}: no option {unknown[0]!r} here; there are {', '.join(known)}")
     settings = {option: getattr(config, option) for option in ("prompts", "templates", "class_names", "split")}
     for option, value in options.items():
-        settings[_OPTIONS[option]] = settings.get(_OPTIONS[option]) or value
-    if settings.get("holdout"):
+        settings[known[option]] = settings.get(known[option]) or value
+    if settings.get("holdout") and not as_cached:
         settings["split"] = settings["split"] or HELD_OUT
     settings = {option: value for option, value in {"name": name, **settings}.items() if value}
     check_form("labelled", spec.root, {"form": spec.kind, **settings})

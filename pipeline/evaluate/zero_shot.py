@@ -312,8 +312,7 @@ def zero_shot(config: ZeroShotConfig, progress: Progress | None = None) -> ZeroS
         OSError: an image cannot be read.
     """
     started = time.perf_counter()
-    if config.run is None and config.teacher is None and config.cache is None:
-        raise UsageError("nothing to measure: give --run, --teacher or both; or --cache, for the teacher that it is of")
+    config.require_model()
     # checked first: a teacher may take hours
     folder = RunFolder(config.run) if config.run is not None else None
     record = checkpoint = student = None
@@ -337,7 +336,7 @@ def zero_shot(config: ZeroShotConfig, progress: Progress | None = None) -> ZeroS
         split=dataset.split,
         images=len(same),
         classes=len(dataset.prompts),
-        prompt_set=config.prompts,
+        prompt_set=dict(dataset.spec.options).get("prompts", ""),
         matched_by=dataset.found.classes.matched_by,
         prompts=dataset.prompts[0],
         lost_images=len(dataset.lost_images),

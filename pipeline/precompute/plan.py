@@ -264,6 +264,12 @@ def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progres
         _require_few_problems(settings.config, spec, dataset)
         if spec.kind != "labelled" and not any(sample.split for sample in dataset.samples):
             hint("nothing is held out to measure on: ?holdout=10% behind the dataset sets a part aside")
+        bare = sum(not sample.captions for sample in dataset.samples)
+        if spec.kind != "labelled" and 0 < bare < len(dataset.samples):
+            hint(
+                f"{bare:,} of {counted(len(dataset.samples), 'image')} have no caption: ?uncaptioned=drop leaves them "
+                "out; to learn from images alone train with --set captions_per_image=0"
+            )
     tables = dataset_tables(dataset, digests)
     return PlannedDataset(settings, spec, dataset, tables, settings.identity(teacher, dataset_identity(spec, tables)))
 

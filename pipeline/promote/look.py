@@ -198,7 +198,7 @@ def _require_splits(settings: StageSettings, dataset: DatasetIdentity) -> None:
         ("train.select_split", training.select_split),
     ):
         if split is not None and split not in dataset.splits:
-            known = (", ".join(map(repr, dataset.splits)) or "none") + holdout_advice(dataset.splits)
+            known = (", ".join(map(repr, filter(None, dataset.splits))) or "none") + holdout_advice(dataset.splits)
             raise UsageError(f"{settings.config.dataset}: no split {split!r} ({setting}); there are {known}")
 
 

@@ -18,6 +18,7 @@ from teacher_cache.pipeline.settings.base import (
     StageConfig,
     comma_separated,
 )
+from teacher_cache.storage.errors import UsageError
 
 
 class EvaluateConfig(StageConfig):
@@ -74,6 +75,17 @@ class ZeroShotConfig(StageConfig):
         None, gt=0, description="Number of images or prompts per forward pass. Default: 16 on a CPU, 256 on a GPU."
     )
     device: Device = "auto"
+
+    def require_model(self) -> None:
+        """Check that a model is set.
+
+        Raises:
+            UsageError: none is.
+        """
+        if self.run is None and self.teacher is None and self.cache is None:
+            raise UsageError(
+                "nothing to measure: give --run, --teacher or both; or --cache, for the teacher that it is of"
+            )
 
 
 class CostConfig(StageConfig):

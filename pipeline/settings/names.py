@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from string import ascii_lowercase
 
 from teacher_cache.storage.errors import MissingPackageError, UsageError
 from teacher_cache.storage.files.places import described, similar_names
@@ -35,6 +36,11 @@ def presets() -> dict[str, Path]:
 def first_student(teacher: str | None) -> str:
     """Return the preset to try first with a teacher."""
     return "scenes-small" if teacher == "bundled:scenes" else "vit-ti-32"
+
+
+def next_run() -> str:
+    """Return a folder for the next run, relative to this folder: the first of runs/a to runs/z that is free."""
+    return next((run for letter in ascii_lowercase if not Path(run := f"runs/{letter}").exists()), "runs/NAME")
 
 
 def open_clip_models() -> list[str]:

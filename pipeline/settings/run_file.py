@@ -94,7 +94,9 @@ def _read_tables(path: Path, settings: Collection[str]) -> dict[str, Any]:
             hint = "; quote a dataset with a pattern, '{0..9}.tar', so that the shell leaves it one word"
         raise UsageError(f"{path}: no such run file{hint}") from error
     except IsADirectoryError as error:
-        raise UsageError(misplaced(str(path), RUN_FILE, settings) or f"{path}: is a folder, not a run file") from error
+        pictures = f". If it is a folder of pictures: --dataset {path}" * ("dataset" in settings)
+        told = misplaced(str(path), RUN_FILE, settings) or f"{path}: is a folder, not a run file{pictures}"
+        raise UsageError(told) from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -28,6 +28,10 @@ from teacher_cache.storage.observe.quantities import counted
 _FOR_IMAGES = " and ".join(IMAGE_LOSSES)
 
 
+IMAGES_ALONE = "To learn from the images alone: --set captions_per_image=0."
+"""Advice where training images have no caption."""
+
+
 def _tracker_names(value: Any) -> Any:
     return () if value == "none" else comma_separated(value)
 

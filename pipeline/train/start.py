@@ -30,7 +30,7 @@ from teacher_cache.pipeline.models.student import (
 from teacher_cache.pipeline.models.weights import digest_tensors
 from teacher_cache.pipeline.settings.recipes import RECIPES, trains_bias
 from teacher_cache.pipeline.settings.run_file import check_config
-from teacher_cache.pipeline.settings.train import TrainConfig
+from teacher_cache.pipeline.settings.train import IMAGES_ALONE, TrainConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import absolute_location, open_files
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity
@@ -122,7 +122,7 @@ class TrainingCache:
             )
         rows = reader.row_set(config.split)
         if config.captions_per_image:
-            reader.require_captions(rows, "To learn from the images alone: --set captions_per_image=0.")
+            reader.require_captions(rows, IMAGES_ALONE)
         if config.select_split is not None and not len(reader.image_rows(config.select_split)):
             raise UsageError(f"{config.cache}: no image of select_split {config.select_split!r} has an embedding")
         return cls(reader, rows, config, accepted)

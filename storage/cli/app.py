@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
@@ -60,6 +61,7 @@ class Command(click.Command):
         ctx.allow_extra_args = True
         typed = list(args)  # parsing takes words away
         try:
+            order = self.make_parser(ctx).parse_args([*args])[2]
             extra = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             name = error.option_name.lstrip("-").replace("-", "_")
@@ -68,6 +70,9 @@ class Command(click.Command):
                 told = f"No such option {error.option_name!r}. It stands without a flag: {placed}"
                 raise click.UsageError(told, ctx) from error
             raise
+        for param, times in Counter(order).items():
+            if times > 1 and isinstance(param, click.Option) and not (param.multiple or param.is_flag):
+                raise click.UsageError(f"{param.opts[0]} is given twice; it takes one value", ctx)
         if extra:
             if advice := typed_as(extra[0], [str(param.name) for param in self.params]):
                 raise UsageError(advice)

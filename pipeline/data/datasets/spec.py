@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,9 +23,11 @@ from teacher_cache.pipeline.data.datasets.files import (
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import SPREADSHEET, described, kind_of
 from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.observe.safe_text import NOT_TEXT, printable, redact
 
 _FOLDERS_LOOKED_AT = 20
+_OF_PICTURES = ("images", "imagefolder", "labelled")  # kinds of a folder with nothing but pictures
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,16 @@ def check_dataset(text: str) -> DatasetSpec:
             has no such column, or the folder does not have the form of this kind.
     """
     spec = DatasetSpec.parse(text)
-    check_form(spec.kind, spec.root, dict(spec.options))
+    try:
+        check_form(spec.kind, spec.root, dict(spec.options))
+    except UsageError as error:
+        kind = ""
+        if spec.kind not in _OF_PICTURES and Path(spec.root).is_dir():
+            with suppress(UsageError):
+                kind = _kind_of_folder(Path(spec.root))
+        if kind not in _OF_PICTURES:
+            raise
+        raise UsageError(f"{spec.root}: it holds pictures: write {kind}:{spec.root}") from error
     return spec
 
 
@@ -210,21 +222,28 @@ def _kind_of_folder(path: Path) -> str:
 
 
 def _kind_of_pictures(folder: Path) -> str:
-    """Return images, imagefolder if several folders of pictures look like classes, or an empty text."""
-    if _pictures_in(folder):
-        return "images"
-    classes, found = set(), False
+    """Return images, imagefolder if several folders of nearly all pictures look like classes, or an empty text."""
+    classes, inside, beside = set(), 0, len(_pictures_in(folder))
     for inner in _folders_in(folder):
         places = [inner]
         if inner.name.casefold() in SPLIT_NAMES:
             places = _folders_in(inner) or places
         for place in places:
             pictures = _pictures_in(place)
-            found = found or bool(pictures)
+            inside += len(pictures)
             captioned = any(picture.with_suffix(".txt").is_file() for picture in pictures)
             if pictures and not captioned and place.name.casefold() not in SPLIT_NAMES:
                 classes.add(place.name)
-    return "imagefolder" if len(classes) > 1 else "images" if found else ""
+    if len(classes) < 2:
+        return "images" if inside or beside else ""
+    if 20 * beside <= inside:
+        return "imagefolder"
+    where = printable(str(folder))
+    say(
+        f"{where}: folders of pictures, and {counted(beside, 'picture')} beside them: read as images:{where}, without "
+        f"classes. For the classes write imagefolder:{where}"
+    )
+    return "images"
 
 
 def _folders_in(folder: Path) -> list[Path]:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from teacher_cache.pipeline.settings.names import next_run
 from teacher_cache.storage.files.places import described, kind_of, misplaced, similar_names
-from tests.conftest import plan_known_cache
+from tests.conftest import make_known_cache, plan_known_cache
 
 TRAIN = "train --cache known.cache --student scenes-small --out o"
 PRECOMPUTE = "precompute --teacher bundled:scenes --cache new.cache --dataset"
 IMPORT = "import --dataset table:pairs.csv --teacher bundled:scenes --cache new.cache"
+CACHE = "precompute --dataset table:pairs.csv --teacher bundled:scenes --cache"
 TEACHER = "precompute --dataset table:pairs.csv --cache new.cache --teacher"
 CASES = [
     # dataset, teacher, student, device
@@ -56,10 +58,26 @@ CASES = [
     (f"{PRECOMPUTE} webdataset:no/{{0..3}}.tar", 2, "/no is not there; "),
     (f"{PRECOMPUTE} webdataset:images.tar?txt=line", 2, "txt='line' is not known; it is one of whole, lines"),
     ("train images.tar", 2, "images.tar is a tar of images; a run file is wanted here"),
-    (f"{TEACHER} bundled:scenes --cache pairs.csv", 2, "pairs.csv is a table; a cache is wanted here"),
+    (f"{CACHE} pairs.csv", 2, "pairs.csv is a table; a cache is wanted here"),
     ("zero-shot --dataset imagefolder:x", 2, "It stands without a flag: teacher-cache zero-shot DATASET"),
     ("students list --registry st", 2, "No such option '--registry'. It stands without a flag: "),
     ("evaluate --run r1 --image-root folders", 2, "--image-root folders: no folder there. Did you mean folder?"),
+    (f"{PRECOMPUTE} table:photos", 2, "photos: it holds pictures: write images:photos\n"),
+    (f"{PRECOMPUTE} coco:classes", 2, "classes: it holds pictures: write imagefolder:classes\n"),
+    (f"{TEACHER} bundled:scenes --dataset photos", 2, "--dataset is given twice; it takes one value"),
+    ("precompute photos --cache new.cache", 2, "photos: is a folder, not a run file. If it is a folder of pictures: "),
+    ("precompute --folder photos", 2, "No such option '--folder'. Pictures are named by --dataset images:FOLDER"),
+    ("precompute --images photos", 2, "No such option '--images'. Pictures are named by --dataset images:FOLDER"),
+    ("zero-shot imagefolder:classes", 2, "nothing to measure: give --run, --teacher or both; or --cache, for the "),
+    ("zero-shot imagefolder:classes --cache done.cache", 2, "done.cache holds captions of images, to train on; zero-"),
+    ("zero-shot imagefolder:classes --class-names names.txt", 2, '; class names are JSON: {"airplane": "Flugzeug"}'),
+    (TRAIN.replace("known", "bare"), 2, "bare.cache: 3 of 8 images have no caption. To learn from the images alone: "),
+    (
+        TRAIN.replace("known", "done"),
+        2,
+        "/nowhere is not there: were the images of done.cache moved? Name their",
+    ),
+    (f"{TRAIN.replace('known', 'done')} --image-root photos", 2, "--image-root photos: img-0.jpg of done.cache is not"),
     (f"{PRECOMPUTE} known.cache", 2, "known.cache is a cache; name the pictures, as KIND:PATH"),
     ("zero-shot imagefolder:classes --run r7", 2, "r7: no run here (run.json not found)."),
     (f"{TRAIN} --init r1", 2, "r1: no student checkpoint here (open_clip_config.json and open_clip_model.safetensors"),
@@ -139,8 +157,8 @@ CASES = [
     ),
     (TRAIN.replace("known.cache", "r1"), 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
     (TRAIN.replace("--out o", "--out known.cache"), 2, "error: known.cache is a cache; a run is wanted here\n"),
-    (f"{PRECOMPUTE} table:pairs.csv --cache r1", 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
-    (f"{PRECOMPUTE} table:pairs.csv --cache folder", 2, "folder: contains x, but a cache needs a folder of its own."),
+    (f"{CACHE} r1", 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
+    (f"{CACHE} folder", 2, "folder: contains x, but a cache needs a folder of its own."),
 ]
 
 # all commands in one process, where importing torch is an error
@@ -184,6 +202,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("cat", "dog"):
         (here / "classes" / name).mkdir(parents=True)
         (here / "classes" / name / "a.jpg").write_bytes(b"")
+    make_known_cache(here / "done.cache")
+    make_known_cache(here / "bare.cache", captions=5)
+    (here / "photos").mkdir()
+    (here / "photos/a.jpg").write_bytes(b"")
+    (here / "names.txt").write_text("Katze\nHund\n")
     for name in ("images.tar", "book.xlsx", "sidecar/0.tar", "foreign/img_emb/img_emb_0.npy"):
         (here / name).write_bytes(bytes(1024))
     (here / "pairs.csv").write_text("path,caption\na.jpg,b\n")
@@ -228,6 +251,13 @@ def test_a_place_is_told_by_what_lies_in_it(
     assert kind_of(name) == kind
     assert described(name).startswith(f"{name} is a {kind}" if kind else "")
     assert bool(misplaced(name, "nothing of these")) == bool(kind)
+
+
+def test_the_next_run_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert next_run() == "runs/a"
+    (tmp_path / "runs/a").mkdir(parents=True)
+    assert next_run() == "runs/b"
 
 
 def test_only_names_in_the_same_folder_are_suggested(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:

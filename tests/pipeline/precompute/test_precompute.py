@@ -317,6 +317,27 @@ def test_a_tar_that_is_broken_or_missing_stops_the_run(
     assert "nothing is held out to measure on: ?holdout=10%" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("empty", [True, False])
+def test_some_pictures_without_captions_are_counted_and_captions_that_none_reads_stop_the_run(
+    empty: bool, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(24):
+        save_image(tmp_path / f"p/{number}.jpg", 10 * number)
+        if number < 18 or empty:
+            (tmp_path / f"p/{number}.txt").write_text("A." * (number < 18))
+    shared = {"teacher": f"local-dir:{tiny_teacher}", "device": "cpu", "dataset": f"images:{tmp_path}/p"}
+    precompute(PrecomputeConfig(cache=str(tmp_path / "c"), **shared))
+    assert (
+        "6 of 24 images have no caption: ?uncaptioned=drop leaves them out; to learn from images alone train with "
+        "--set captions_per_image=0\n"
+    ) in capsys.readouterr().err
+    for number in range(18):
+        (tmp_path / f"p/{number}.txt").rename(tmp_path / f"p/{number}.caption")
+    said = r"18 of 18 captions would be left out, .*: not read: the caption belongs in 0\.txt, .* --max-problem"
+    with pytest.raises(CacheError, match=said):
+        precompute(PrecomputeConfig(cache=str(tmp_path / "d"), **shared))
+
+
 def test_images_without_captions_that_are_to_be_dropped_are_no_problem(tiny_teacher: Path, tmp_path: Path) -> None:
     lines = ["path,caption"]
     for number in range(24):

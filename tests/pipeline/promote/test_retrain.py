@@ -165,7 +165,7 @@ def test_wrong_settings_cost_no_encoding(home: Path, tiny_teacher: Path) -> None
         ({"split": "tset"}, r"no split 'tset' \(split\); there are 'train', 'test'"),
         (
             {"dataset": f"table:{table}", "split": "test"},
-            r"no split 'test' \(split\); there are '': add \?holdout=10% behind the dataset to set a part aside",
+            r"no split 'test' \(split\); there are none: add \?holdout=10% behind the dataset to set a part aside",
         ),
         ({"dataset": f"images:{home}/photos/images"}, "no captions, and students are compared by their recall of capt"),
         ({"home": "s3://bucket/home"}, "local folder"),

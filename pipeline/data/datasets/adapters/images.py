@@ -27,6 +27,8 @@ from teacher_cache.pipeline.data.datasets.files import (
 from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
 from teacher_cache.storage.errors import UsageError
 
+_COULD_BE_CAPTIONS = (".txt", ".caption", ".json")
+
 
 def read(root: str, *, txt: str = "whole", encoding: str = "") -> Iterator[Record]:
     """Read the samples of every picture.
@@ -43,6 +45,7 @@ def read(root: str, *, txt: str = "whole", encoding: str = "") -> Iterator[Recor
     folder = local_folder("images", root)
     texts: set[Path] = set()
     others: list[Path] = []
+    uncaptioned: dict[str, Path] = {}
     glued = 0
     for path in files_below(folder):
         if not is_image(path):
@@ -56,6 +59,8 @@ def read(root: str, *, txt: str = "whole", encoding: str = "") -> Iterator[Recor
             texts.add(beside)
             captions = _captions(beside, encoding, lines=txt == "lines")
             glued += txt == "whole" and "\n" in captions[0].strip()
+        else:
+            uncaptioned[path.stem] = path
         relative = path.relative_to(folder)
         split = relative.parts[0].casefold() if len(relative.parts) > 1 else ""
         name = relative.as_posix()
@@ -64,7 +69,12 @@ def read(root: str, *, txt: str = "whole", encoding: str = "") -> Iterator[Recor
     for path in others:
         if path not in texts:
             detail = f"no image by its ending, nor the caption of one; images are {', '.join(IMAGE_ENDINGS)}"
-            yield Problem("bad-record", path.relative_to(folder).as_posix(), detail, lost_image=False)
+            picture = uncaptioned.get(path.stem) if path.suffix.lower() in _COULD_BE_CAPTIONS else None
+            if picture is not None:
+                where = picture.with_suffix(".txt").relative_to(folder).as_posix()
+                detail = f"not read: the caption belongs in {where}, or in a CSV (path,caption)"
+            name, lost = path.relative_to(folder).as_posix(), int(picture is not None)
+            yield Problem("bad-record", name, detail, lost_image=False, lost_captions=lost)
 
 
 def check(root: str, *, txt: str = "whole", encoding: str = "") -> None:

@@ -90,14 +90,14 @@ def check(root: str, *, form: str = "", **settings: str) -> None:
     }
     for name in checks.keys() & settings.keys():
         checks[name](settings[name])
-    form = form or _form_of(root)
+    form = form or form_of(root)
     if form == "imagefolder":
         imagefolder.class_folders(root)
     elif form == "webdataset":
         webdataset.check(root)
 
 
-def _form_of(root: str) -> str:
+def form_of(root: str) -> str:
     """Return ``webdataset`` where tars lie, also in folders of splits, else ``imagefolder``."""
     folders = (Path(root, split) for split in ("", *SPLIT_NAMES))
     tars = root.split("?")[0].endswith(".tar") or any(next(folder.glob("*.tar"), None) for folder in folders)
@@ -116,7 +116,7 @@ def list_images(root: str, form: str = "", split: str = "", name: str = "", hold
     Raises:
         UsageError: the form or split is unknown, there are no images, or one of several splits must be named.
     """
-    form = form or _form_of(root)
+    form = form or form_of(root)
     if form not in FORMS:
         raise UsageError(f"form={printable(form)!r} is not known; labelled images are read as {' or '.join(FORMS)}")
     if form == "torchvision":
@@ -160,6 +160,8 @@ def _of_split(where: str, images: list[tuple[Sample, str]], split: str) -> list[
             f"?split={ALL_SPLITS}; of zero-shot --split does the same"
         )
     of_split = [(image, key) for image, key in images if image.split == split]
+    if not of_split and list(counts) == [""]:
+        raise UsageError(f"{where}: has no splits: leave --split out, or set a part aside by ?holdout=10%")
     if not of_split:
         raise UsageError(f"{where}: no image of split {printable(split)!r}; there are {shown or 'no images'}")
     return of_split

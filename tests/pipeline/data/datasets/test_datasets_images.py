@@ -49,6 +49,17 @@ def test_what_is_no_picture_is_named(pictures: Path) -> None:
     assert problems[2].detail.startswith("no image by its ending, nor the caption of one; images are .jpg, .jpeg, .png")
 
 
+@pytest.mark.parametrize("file", ["captions/c.txt", "more/deep/c.caption", "more/deep/c.json"])
+def test_a_file_that_could_be_a_caption_counts_as_a_lost_one(pictures: Path, file: str) -> None:
+    (pictures / file).parent.mkdir(exist_ok=True)
+    (pictures / file).write_text("A.")
+    (pictures / "b.json").write_text("{}")  # of a picture that has its caption
+    problems = read("images", pictures)[1]
+    assert {problem.where: problem.lost_captions for problem in problems} == {"b.json": 0, file: 1}
+    lost = next(problem for problem in problems if problem.lost_captions)
+    assert lost.detail == "not read: the caption belongs in more/deep/c.txt, or in a CSV (path,caption)"
+
+
 def test_captions_in_another_encoding(pictures: Path) -> None:
     (pictures / "b.txt").write_bytes(b"Ein Caf\xe9.")
     with pytest.raises(UsageError, match=r"b\.txt: not UTF-8 at '.*'\. Save it as UTF-8, or name its encoding"):

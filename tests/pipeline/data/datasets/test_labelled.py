@@ -150,7 +150,18 @@ def test_settings_of_the_dataset_and_flags(folders: Path) -> None:
         opened(f"imagefolder:{folders}", templates=str(folders.parent / "t.txt"))
 
 
+def test_a_dataset_named_as_precompute_names_it_is_what_its_cache_holds(folders: Path) -> None:
+    settings = f"{folders}?form=imagefolder&holdout=50%&prompts=pets&class_names={folders.parent}/own.json"
+    (folders.parent / "own.json").write_text('{"British_Shorthair": "cat", "beagle": "dog", "pug": "hound"}')
+    found = opened(f"labelled:{settings}")
+    assert {sample.split for sample in found.samples.samples} == {"train", "test"}
+    assert found.prompts[0][0] == "a photo of a cat, a type of pet."
+    assert read("labelled", folders, **dict(found.spec.options))[0][0].captions[0] == found.prompts[0][0]
+
+
 def test_splits_are_not_mixed_unasked(folders: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no splits: leave --split out, or set a part aside by \?holdout=10%$"):
+        opened(f"imagefolder:{folders}", split="tset")
     (folders / "val").mkdir()
     save_image(folders / "val" / "pug" / "9.png", 200)
     with pytest.raises(UsageError, match=r"'none' \(6 images\), 'val' \(1 images\); name one behind the dataset"):
