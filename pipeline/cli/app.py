@@ -23,7 +23,12 @@ register(
     ("Cache", "import", "caches", "Make a cache from embeddings that clip-retrieval wrote."),
     ("Cache", "verify", "caches", "Check every byte of a cache; with --sample, random rows against the teacher."),
     ("Cache", "repair", "caches", "Restore damaged files of a cache and encode damaged chunks again."),
-    ("Student", "student", "student", "A student's own jobs: inherit, mean, resize, pixels, cost, open-clip-train."),
+    (
+        "Student",
+        "student",
+        "student",
+        "A student's own jobs: inherit, mean, resize, pixels, cost, push, open-clip-train.",
+    ),
     ("Student", "train", "train", "Train a student from a finished cache."),
     ("Student", "evaluate", "evaluate", "Measure the recall of a teacher and its student, and the retention."),
     ("Student", "zero-shot", "evaluate", "Measure the zero-shot accuracy of a student, a teacher or both."),

@@ -1,4 +1,4 @@
-"""The commands of ``student``: ``inherit``, ``mean``, ``resize``, ``pixels``, ``cost``, ``open-clip-train``."""
+"""The commands of ``student``: inherit, mean, resize, pixels, cost, push, open-clip-train."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from teacher_cache.pipeline.cli.options import settings_command
 from teacher_cache.pipeline.cli.stopping import resumable
+from teacher_cache.pipeline.settings.deploy import PushConfig
 from teacher_cache.pipeline.settings.evaluate import CostConfig
 from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
@@ -111,6 +112,17 @@ def _cost(config: CostConfig, as_json: bool) -> None:
     print_result(result, as_json, lambda _: [cost_table(result)])
 
 
+@settings_command("push", PushConfig, example="student push --run runs/a --to ORG/NAME --deployed deployed/a")
+@json_flag
+def _push(config: PushConfig, as_json: bool) -> None:
+    """Upload a student to Hugging Face's hub, for open_clip's hf-hub:ORG/NAME. One commit, whole or not at all."""
+    from teacher_cache.pipeline.deploy.push import push
+
+    result = push(config)
+    lines = [f"{result.url}: {counted(len(result.files), 'file')}, {byte_size(sum(result.files.values()))}"]
+    print_result(result, as_json, lambda _: [*lines, f"open_clip loads it as hf-hub:{result.repository}"])
+
+
 @settings_command(
     "open-clip-train",
     OpenClipTrainConfig,
@@ -129,7 +141,9 @@ def _open_clip_train(config: OpenClipTrainConfig) -> None:
     train(config)
 
 
-student = Group("student", commands=[_inherit, _mean, _resize, _pixels, _cost, _open_clip_train], no_args_is_help=True)
+student = Group(
+    "student", commands=[_inherit, _mean, _resize, _pixels, _cost, _push, _open_clip_train], no_args_is_help=True
+)
 
 
 def _inherited_lines(result: InheritResult) -> list[str]:

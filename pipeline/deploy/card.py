@@ -1,4 +1,4 @@
-"""Picture of the main numbers of a deployed student's table, and its model card. Needs matplotlib."""
+"""Model cards, and a picture of the main numbers of a deployed student's table, which needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,10 +8,24 @@ from typing import Any
 
 from teacher_cache.pipeline.deploy.record import Deployment
 from teacher_cache.pipeline.deploy.table import Retained, StudentTable, TableRow, to_markdown
-from teacher_cache.pipeline.models.run_record import AveragedRun
+from teacher_cache.pipeline.evaluate.recall import mean_recall
+from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
+from teacher_cache.pipeline.models.run_record import AveragedRun, RunRecord
 
 _COLOURS = {"teacher": "#7f7f7f", "student": "#1f77b4", "int8": "#d95f02", "fp32": "#1b9e77"}
 
+
+_WITH_OPEN_CLIP = """With open_clip:
+```python
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
+```
+"""
+_LIMITS = """## Limits
+It learned from the images and captions of one dataset and knows little beside; what it keeps of its teacher elsewhere
+is in the table only as far as it was measured. """
 
 _Bar = tuple[float, ...]
 """A number, and the ends of its interval if it has one."""
@@ -93,14 +107,11 @@ def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[A
     gates = "\n".join(f"| {gate.name} | {gate.found:.7g} | {gate.wanted} |" for gate in table.gates)
     # the runtime needs both towers of one variant
     smallest = [variant for variant, made in deployment.towers.items() if len(made) == 2][-1]
-    dense = deployment.weights.bytes > 1.1 * 4 * deployment.parameters
+    weights = deployment.weights
+    dense = weights.bytes > 1.1 * 4 * deployment.parameters
     multiplied_out = "; the factorised token embedding is multiplied out there" if dense else ""
     runs = f" Its weights are the mean of those of {len(averaged)} runs that began alike." if averaged else ""
-    return f"""---
-library_name: open_clip
-pipeline_tag: zero-shot-image-classification
-tags: [clip, distillation, onnx, teacher-cache]
----
+    return f"""{_header("onnx")}
 # {deployment.name}
 
 A CLIP student with {deployment.parameters:,} parameters and {deployment.embed_dim} dimensions, distilled from
@@ -118,14 +129,14 @@ What each file had to pass, and did:
 
 ## Files
 {chr(10).join(files)}
-- `model.safetensors`, `open_clip_config.json`: for open_clip, {deployment.weights.bytes / 1e6:.1f} MB{multiplied_out}
+- `{weights.file}`, `open_clip_config.json`: for open_clip, {weights.bytes / 1e6:.1f} MB{multiplied_out}
 - `tokenizer.json`: for Hugging Face's tokenizers; `deploy.json`: preprocessing, tokenization, sha256 of each file
 - `table.md`, `table.json`, `table.png`: the table above
 
 ## Use
 With onnxruntime and without torch (`pip install 'teacher-cache[runtime]'`):
 ```python
-from teacher_cache.pipeline.deploy.runtime import StudentRuntime
+from teacher_cache import StudentRuntime
 
 student = StudentRuntime("FOLDER", variant="{smallest}")
 print(student.classify(["photo.jpg"], ["a photo of a dog", "a photo of a cat"]))
@@ -133,15 +144,53 @@ print(student.classify(["photo.jpg"], ["a photo of a dog", "a photo of a cat"]))
 ```
 teacher-cache infer photo.jpg --text "a photo of a dog" --text "a photo of a cat" --student FOLDER
 ```
-With open_clip:
-```python
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
-tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
-```
-
-## Limits
-It learned from the images and captions of one dataset and knows little beside; what it keeps of its teacher elsewhere
-is in the table only as far as it was measured. The numbers hold for the machine and the split that are named.
+{_WITH_OPEN_CLIP}
+{_LIMITS}The numbers hold for the machine and the split that are named.
 """
+
+
+def run_card(name: str, record: RunRecord, size: tuple[int, int], measured: Sequence[EvaluateResult]) -> str:
+    """Return the model card of a student that was not deployed, with the recall that ``evaluate`` measured.
+
+    Args:
+        size: height and width of its images, in pixels.
+        measured: evaluations of the checkpoint that is published.
+    """
+    lines = [
+        f"| {result.split}{', which its checkpoint was chosen on' if result.chosen_on == result.split else ''} "
+        f"| {result.images:,} | {mean_recall(result.teacher):.1f} | {mean_recall(result.student):.1f} |"
+        for result in measured
+        if result.student is not None
+    ]
+    table = "\n".join(["| split | images | teacher | student |", "|---|---:|---:|---:|", *lines])
+    recalls = f"Mean of the six recalls, in percent:\n\n{table}" if lines else "Its recall was not measured."
+    return f"""{_header()}
+# {name}
+
+A CLIP student with {record.student_parameters:,} parameters and {record.student_config["embed_dim"]} dimensions,
+distilled from {record.teacher} by its cached embeddings (cache {record.cache_manifest_digest[:12]}).
+It sees {size[0]}x{size[1]} pixels.
+
+{recalls}
+
+## Use
+{_WITH_OPEN_CLIP}
+{_LIMITS}"""
+
+
+def on_hub(card: str, repository: str) -> str:
+    """Return a card whose lines for open_clip load the student from a repository, and say how to fetch its files."""
+    card = card.replace("local-dir:FOLDER", f"hf-hub:{repository}")
+    if "FOLDER" in card:
+        fetch = f"`hf download {repository} --local-dir FOLDER` fetches the files.\n\n"
+        card = card.replace("## Use\n", f"## Use\n{fetch}", 1)
+    return card
+
+
+def _header(*tags: str) -> str:
+    """Return the YAML header that model hubs read."""
+    return f"""---
+library_name: open_clip
+pipeline_tag: zero-shot-image-classification
+tags: [{", ".join(("clip", "distillation", *tags, "teacher-cache"))}]
+---"""

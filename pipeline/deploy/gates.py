@@ -37,7 +37,7 @@ def require_finite_weights(checkpoint: Path, student: Student) -> None:
 def require_weights(
     folder: Path, split: EvaluationSplit, image: NDArray[np.float32], text: NDArray[np.float32]
 ) -> Gate:
-    """Check that ``model.safetensors``, loaded by open_clip alone, is the trained student.
+    """Check that ``open_clip_model.safetensors``, loaded by open_clip alone, is the trained student.
 
     Args:
         image, text: features of the split from the trained student.
@@ -55,7 +55,9 @@ def require_weights(
         found_text = F.normalize(model.encode_text(tokenizer(captions)), dim=-1).numpy()
     # Python's min may ignore NaN, numpy's returns it
     least = float(np.min([least_cosine(found_image, image[:images]), least_cosine(found_text, text[: len(captions)])]))
-    return require_parity("model.safetensors in open_clip", least, f"least cosine, {images + len(captions)} rows")
+    return require_parity(
+        "open_clip_model.safetensors in open_clip", least, f"least cosine, {images + len(captions)} rows"
+    )
 
 
 def require_finite(name: str, *features: NDArray[np.float32]) -> None:

@@ -5,7 +5,7 @@
                                 and ``tokens`` int64 (batch, length) to ``text_features``; both of unit norm, any batch
     image.int8.onnx  text.int8.onnx     the same with int8 weights, where the tower can be quantised
     tokenizer.json              in the format of Hugging Face's tokenizers
-    model.safetensors  open_clip_config.json    for ``open_clip.create_model("local-dir:...")``
+    open_clip_model.safetensors  open_clip_config.json    for ``open_clip.create_model("local-dir:...")``
     README.md  table.*          the model card and its table
 
 The record lists every file that is checked.
@@ -85,7 +85,7 @@ class Deployment(BaseModel):
         description="Files by precision and tower. A tower without an int8 file is in ``not_quantised``."
     )
     not_quantised: dict[str, str] = Field({}, description="Reason why a tower has no int8 file, by tower.")
-    weights: Artefact = Field(description="model.safetensors, for open_clip.")
+    weights: Artefact = Field(description="open_clip_model.safetensors, for open_clip.")
     run: str
     checkpoint: str
     cache_manifest_digest: str = Field(description="Manifest digest of the cache that the student learned from.")

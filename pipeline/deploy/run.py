@@ -5,7 +5,6 @@ The output folder appears after all gates have passed. A command that fails or i
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -34,12 +33,12 @@ from teacher_cache.pipeline.evaluate.learned import count_learned
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit, open_split
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, RunRecord
+from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, RunRecord, open_clip_config
 from teacher_cache.pipeline.models.student import Student, load_student, student_tokenizer
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig, ZeroShotConfig
-from teacher_cache.pipeline.settings.names import without_path
+from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG, without_path
 from teacher_cache.pipeline.settings.recipes import trains_bias
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
@@ -134,8 +133,6 @@ def _teacher(config: DeployConfig, split: EvaluationSplit) -> tuple[LiveTeacher,
     return teacher, {"name": name, "pretrained": pretrained, "device": "cpu"}
 
 
-WEIGHTS, CONFIG = "model.safetensors", "open_clip_config.json"
-
 _Tower = Literal["image", "text"]
 _CALIBRATION_BATCH = 16
 
@@ -186,10 +183,8 @@ def write_files(
             progress("export", 1 + done, 4)
     tokenization = tokenization_of(student_tokenizer(config), folder, towers.shortens)
     # a copy: promote compares its sha256 with the checkpoint's
-    shutil.copyfile(checkpoint / CHECKPOINT_WEIGHTS, folder / WEIGHTS)
-    settings = json.loads((checkpoint / CONFIG).read_text())
-    plain = {key: settings[key] for key in ("model_cfg", "preprocess_cfg")}
-    (folder / CONFIG).write_text(json.dumps(plain, indent=2) + "\n")
+    shutil.copyfile(checkpoint / CHECKPOINT_WEIGHTS, folder / CHECKPOINT_WEIGHTS)
+    (folder / CHECKPOINT_CONFIG).write_text(open_clip_config(checkpoint))
     deployment = Deployment(
         name=f"{Path(record.config.student).stem}-{run}",
         teacher=record.teacher,
@@ -201,7 +196,7 @@ def write_files(
         tokenization=tokenization,
         towers=made,
         not_quantised=refused,
-        weights=Artefact.of(folder / WEIGHTS),
+        weights=Artefact.of(folder / CHECKPOINT_WEIGHTS),
         run=run,
         checkpoint=checkpoint.name,
         cache_manifest_digest=record.cache_manifest_digest,

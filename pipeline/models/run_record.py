@@ -158,6 +158,12 @@ def require_checkpoint(folder: Path) -> None:
         raise UsageError(f"{folder}: no student checkpoint here ({wanted}){hint}")
 
 
+def open_clip_config(checkpoint: Path) -> str:
+    """Return a checkpoint's config as open_clip publishes it, without settings of ours."""
+    settings = json.loads((checkpoint / CHECKPOINT_CONFIG).read_text())
+    return json.dumps({key: settings[key] for key in ("model_cfg", "preprocess_cfg")}, indent=2) + "\n"
+
+
 def checkpoint_image_size(checkpoint: Path) -> tuple[int, int]:
     """Return height and width of the images that a checkpoint's student sees."""
     height, width = json.loads((checkpoint / CHECKPOINT_CONFIG).read_text())["preprocess_cfg"]["size"]

@@ -69,7 +69,7 @@ def hub_within_reach(what: str) -> Iterator[None]:
         UsageError: a file has no local copy, and the hub does not answer or ``HF_HUB_OFFLINE`` is set.
     """
     offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = offline or not _hub_answers()
+    constants.HF_HUB_OFFLINE = offline or not hub_answers()
     try:
         yield
     except Exception as error:
@@ -83,7 +83,7 @@ def hub_within_reach(what: str) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = offline
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Return whether the hub, or the proxy to it, answers within some seconds, with whatever status."""
     answered: Queue[bool] = Queue()
 

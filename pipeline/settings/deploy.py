@@ -1,8 +1,10 @@
-"""Settings of deploy: which student is shipped, and which gates it must pass."""
+"""Settings of deploy and student push: which student is shipped, which gates it must pass, and where it goes."""
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+import re
+
+from pydantic import Field, field_validator, model_validator
 
 from teacher_cache.pipeline.settings.base import Checkpoint, ImageRoot, MeasuredSplit, Pretrained, Rounds, StageConfig
 
@@ -42,3 +44,22 @@ class DeployConfig(StageConfig):
         if self.prompts and not self.zero_shot:
             raise ValueError("prompts are for a dataset to classify: set zero_shot, or leave prompts out")
         return self
+
+
+class PushConfig(StageConfig):
+    """Upload a run's student to Hugging Face's hub, in open_clip's form."""
+
+    run: str = Field(description="Folder of the training run whose student is uploaded.")
+    to: str = Field(description="Repository on the hub, ORG/NAME. A new one is created.")
+    checkpoint: Checkpoint = "last"
+    deployed: str | None = Field(
+        None, description="Folder that deploy made of this run: its ONNX files, table and model card are uploaded too."
+    )
+    private: bool = Field(False, description="Create the repository as a private one.")
+
+    @field_validator("to")
+    @classmethod
+    def _check_repository(cls, to: str) -> str:
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", to, re.ASCII):
+            raise ValueError(f"{to!r} is no repository of the hub: write ORG/NAME, with your user name or organization")
+        return to

@@ -26,7 +26,9 @@ def deploy_tiny(folder: Path, seed: int = 3) -> Path:
         logging.disable(logging.WARNING)  # it would like another preparation
         quantize_dynamic(towers.image, deployed / "image.int8.onnx", weight_type=QuantType.QInt8)
         logging.disable(logging.NOTSET)
-    (deployed / "model.safetensors").write_bytes((folder / "student" / "open_clip_model.safetensors").read_bytes())
+    (deployed / "open_clip_model.safetensors").write_bytes(
+        (folder / "student" / "open_clip_model.safetensors").read_bytes()
+    )
     Deployment(
         name="tiny",
         teacher="tiny teacher",
@@ -40,7 +42,7 @@ def deploy_tiny(folder: Path, seed: int = 3) -> Path:
             "int8": {"image": Artefact.of(deployed / "image.int8.onnx")},
         },
         not_quantised={"text": "its features lose too much"},
-        weights=Artefact.of(deployed / "model.safetensors"),
+        weights=Artefact.of(deployed / "open_clip_model.safetensors"),
         run="runs/tiny",
         checkpoint="epoch-0001",
         cache_manifest_digest="f" * 64,

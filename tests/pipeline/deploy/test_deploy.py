@@ -299,7 +299,7 @@ def test_weights_that_are_not_the_student_ship_nothing(
         save_file(state, target)
 
     monkeypatch.setattr(deploy_files.shutil, "copyfile", another)
-    with pytest.raises(DeploymentError, match=r"model\.safetensors in open_clip"):
+    with pytest.raises(DeploymentError, match=r"open_clip_model\.safetensors in open_clip"):
         deploy(settings(trained, tiny_teacher, tmp_path / "out", int8=False))
     assert not list(tmp_path.iterdir())
 

@@ -253,7 +253,7 @@ def test_each_tower_is_read_when_it_is_first_used(tiny_deployment: Path, tmp_pat
     folder = shutil.copytree(tiny_deployment, tmp_path / "copy")
     runtime = StudentRuntime(folder)
     first = runtime.embed_images(photos)
-    for name in ("image.onnx", "image.int8.onnx", "text.onnx", "model.safetensors"):
+    for name in ("image.onnx", "image.int8.onnx", "text.onnx", "open_clip_model.safetensors"):
         (folder / name).unlink()
     assert np.array_equal(runtime.embed_images(photos), first)  # not read again
     with pytest.raises(DeploymentError, match=r"text\.onnx: missing"):

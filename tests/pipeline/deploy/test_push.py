@@ -1,0 +1,208 @@
+"""``student push`` against a hub on loopback: what it uploads is what open_clip downloads, and its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from huggingface_hub import constants
+from PIL import Image
+from pydantic import ValidationError
+
+from teacher_cache.pipeline.cli.app import app
+from teacher_cache.pipeline.deploy.push import PushResult, push
+from teacher_cache.pipeline.deploy.record import Artefact, Deployment, DeploymentError
+from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.models.student import load_student, student_tokenizer
+from teacher_cache.pipeline.settings.deploy import PushConfig
+from teacher_cache.pipeline.train.loop import train
+from teacher_cache.storage.errors import UsageError
+from tests.hub_server import TOKEN, Hub, start_hub
+from tests.pipeline.deploy.deployed import deploy_tiny
+from tests.pipeline.train.train_work import make_cache, make_student, measure, train_config
+
+# huggingface_hub hands httpx a file as data=
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+REPOSITORY = "somebody/student"
+PLAIN = {"open_clip_config.json", "open_clip_model.safetensors", "README.md"}
+LOAD = """
+import sys, numpy, open_clip, torch
+from PIL import Image
+model, _, preprocess = open_clip.create_model_and_transforms(sys.argv[1])
+tokens = open_clip.get_tokenizer(sys.argv[1])(["a red photo", "blue"])
+pixels = preprocess(Image.open(sys.argv[2]))[None]
+with torch.inference_mode():
+    image, text = (model.eval().encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True))
+numpy.savez(sys.argv[3], image=image.numpy(), text=text.numpy())
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """A measured run whose token embedding is factorised, which open_clip does not know."""
+    folder = tmp_path_factory.mktemp("trained")
+    student = make_student(folder / "small.json")
+    student.write_text(json.dumps({**json.loads(student.read_text()), "token_embedding_rank": 8}))
+    train(train_config(make_cache(folder, tiny_teacher), student, folder / "run", epochs=1))
+    measure(folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return deploy_tiny(tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture
+def deployed(trained: Path, exported: Path, tmp_path: Path) -> Path:
+    """A folder as ``deploy`` makes it of the run; its ONNX files are of another student."""
+    out = shutil.copytree(exported, tmp_path / "deployed")
+    checkpoint = RunFolder(trained).checkpoint_path()
+    for name in ("open_clip_model.safetensors", "open_clip_config.json"):
+        shutil.copyfile(checkpoint / name, out / name)
+    record = Deployment.read(out)
+    record.model_copy(update={"weights": Artefact.of(out / "open_clip_model.safetensors")}).write(out)
+    for name in ("table.json", "table.md", "table.png"):
+        (out / name).write_text(name)
+    (out / "README.md").write_text('# tiny\n\n## Use\nStudentRuntime("FOLDER")\nopen("local-dir:FOLDER")\n')
+    (out / "notes.txt").write_text("not to be published")
+    return out
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with start_hub() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the hub on loopback has LFS alone
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
+def pushed(run: Path, **changes: object) -> PushResult:
+    return push(PushConfig.model_validate({"run": str(run), "to": REPOSITORY, **changes}))
+
+
+def test_open_clip_loads_from_the_hub_what_was_pushed(trained: Path, hub: Hub, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["student", "push", "--run", str(trained), "--to", REPOSITORY])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[0].startswith(f"{hub.address}/{REPOSITORY}: 3 files, ")
+    assert done.stdout.splitlines()[1] == f"open_clip loads it as hf-hub:{REPOSITORY}"
+    assert (set(hub.files[REPOSITORY]), len(hub.commits), hub.private) == (PLAIN, 1, {REPOSITORY: False})
+
+    picture, out = tmp_path / "picture.png", tmp_path / "features.npz"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)).save(picture)
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", LOAD, f"hf-hub:{REPOSITORY}", str(picture), str(out)]
+    subprocess.run(command, env=environment, check=True)
+    student, config = load_student(RunFolder(trained).checkpoint_path())
+    pixels = student.preprocess.transform(Image.open(picture))[None]
+    with torch.inference_mode():
+        image = student.encode_image(pixels)
+        text = student.encode_text(torch.as_tensor(student_tokenizer(config)(["a red photo", "blue"])))
+    loaded = np.load(out)
+    np.testing.assert_allclose(loaded["image"], image, atol=1e-5)
+    np.testing.assert_allclose(loaded["text"], text, atol=1e-5)
+
+
+def test_the_card_says_what_was_measured_and_how_to_load_it(trained: Path, hub: Hub) -> None:
+    pushed(trained)
+    card = hub.files[REPOSITORY]["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: open_clip\npipeline_tag: zero-shot-image-classification\n")
+    assert "| test | 8 |" in card
+    assert f'get_tokenizer("hf-hub:{REPOSITORY}")' in card
+    assert "FOLDER" not in card
+    assert str(trained.parent) not in card
+
+
+def test_a_deployment_goes_with_it_and_leaves_with_the_next_push(trained: Path, deployed: Path, hub: Hub) -> None:
+    pushed(trained, deployed=str(deployed), private=True)
+    files = hub.files[REPOSITORY]
+    assert hub.private == {REPOSITORY: True}
+    assert set(files) == {path.name for path in deployed.iterdir()} - {"notes.txt"}
+    assert all(files[name] == (deployed / name).read_bytes() for name in set(files) - {"README.md"})
+    card = files["README.md"].decode()
+    assert f"`hf download {REPOSITORY} --local-dir FOLDER` fetches the files." in card
+    assert f'open("hf-hub:{REPOSITORY}")' in card
+
+    hub.files[REPOSITORY]["LICENSE"] = b"its owner's"
+    pushed(trained)
+    assert set(hub.files[REPOSITORY]) == {*PLAIN, "LICENSE"}
+    assert len(hub.commits) == 2
+
+
+def test_only_the_files_that_were_deployed_of_this_run_go_out(trained: Path, deployed: Path, hub: Hub) -> None:
+    (deployed / "image.onnx").write_bytes(b"another")
+    with pytest.raises(DeploymentError, match=r"image\.onnx"):
+        pushed(trained, deployed=str(deployed))
+    (deployed / "open_clip_model.safetensors").write_bytes(b"another")
+    record = Deployment.read(deployed)
+    record.model_copy(update={"weights": Artefact.of(deployed / "open_clip_model.safetensors")}).write(deployed)
+    with pytest.raises(UsageError, match=r"was deployed from runs/tiny, epoch-0001, .* Deploy that checkpoint again"):
+        pushed(trained, deployed=str(deployed))
+    assert hub.files == {}
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "error", "message"),
+    [
+        ("repos/create", 401, UsageError, r"did not take it .*401.* Log in again by hf auth login"),
+        ("repos/create", 403, UsageError, r"did not take it .* Take a token that may write there"),
+        ("/preupload/", 400, ConnectionError, r"did not take it .* Push again"),
+        ("/objects/", 400, ConnectionError, r"did not take it .* Push again"),
+        ("/commit/", 500, ConnectionError, r"did not take it .* Push again"),
+    ],
+)
+def test_a_refused_push_changes_no_file(
+    trained: Path, hub: Hub, part: str, status: int, error: type[Exception], message: str
+) -> None:
+    hub.files[REPOSITORY], hub.private[REPOSITORY] = {"README.md": b"before"}, False
+    hub.refused[part] = status
+    if part == "repos/create":
+        hub.refused["/api/models/"] = status
+    with pytest.raises(error, match=message) as refused:
+        pushed(trained)
+    assert "\n" not in str(refused.value)
+    assert hub.files[REPOSITORY] == {"README.md": b"before"}
+
+
+def test_private_is_not_pushed_to_a_public_repository(trained: Path, hub: Hub) -> None:
+    pushed(trained)
+    with pytest.raises(UsageError, match="somebody/student: is there and public"):
+        pushed(trained, private=True)
+    assert len(hub.commits) == 1
+
+
+def test_what_is_wrong_is_said_before_anything_is_sent(
+    trained: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("student", "a/b/c", "a b/c", "/student"):
+        with pytest.raises(ValidationError, match="is no repository of the hub: write ORG/NAME"):
+            PushConfig(run="r", to=name)
+    unfinished = shutil.copytree(trained, tmp_path / "run")
+    folder = RunFolder(unfinished)
+    record = folder.read()
+    folder.write(record.model_copy(update={"config": record.config.model_copy(update={"epochs": 5})}))
+    with pytest.raises(UsageError, match="1 of 5 epochs are trained"):
+        pushed(unfinished)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(UsageError, match=r"127\.0\.0\.1:1 cannot be reached"):
+        pushed(trained)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(UsageError, match=r"not logged in .* Log in by hf auth login"):
+        pushed(trained)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match="HF_HUB_OFFLINE is set"):
+        pushed(trained)
+    assert hub.files == {}
