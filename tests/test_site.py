@@ -98,7 +98,7 @@ def test_every_command_and_flag_is_in_the_reference(site: Path, pages: dict[Path
         assert shown == {option for option in wanted if option.startswith("--")} | {"--help"}, name
         assert " ".join(str(command.help).partition("\n\n")[0].split()) in words, name
     text = re.sub(r"<[^>]+>", "", (site / "reference" / "cli.html").read_text())
-    assert re.search(r"Number of passes over the split. Captions are drawn at random. Default: 10\.", text)
+    assert re.search(r"Number of passes over the split, with captions at random. Default: 10\.", text)
 
 
 def test_commands_are_in_groups_with_an_example_and_without_the_parsers_notation(site: Path) -> None:
