@@ -56,7 +56,8 @@ def _remarks(result: EvaluateResult) -> Iterator[str]:
             + command_line("zero-shot", labelled, run=result.run, teacher=None if result.run else "TEACHER")
         )
     elif low := _near_chance(result):
-        yield f"the {low} is hardly above chance: the retention says nothing"
+        retention = "the retention says" if result.student else "a student's retention will say"
+        yield f"the {low} is hardly above chance: {retention} nothing"
 
 
 def _near_chance(result: EvaluateResult) -> str:

@@ -138,7 +138,8 @@ def _check_weights(what: str, pretrained: str | None, tags: list[str] | None) ->
     if tags is None or (pretrained and Path(pretrained).is_file()):
         return
     tags = sorted(tags, key=_by_use)
-    known = f"one of {', '.join(tags)}, or a weights file" if tags else "a weights file: open_clip has no tag for it"
+    few = ", ".join(tags[:8]) + (f" and {len(tags) - 8} more" if len(tags) > 8 else "")
+    known = f"one of {few}, or a weights file" if tags else "a weights file: open_clip has no tag for it"
     if not pretrained:
         raise UsageError(f"{what} needs --pretrained, {known}; without weights it would be random")
     if pretrained.lower().replace("-", "_") not in tags:  # as open_clip reads it

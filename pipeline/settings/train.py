@@ -186,9 +186,8 @@ class TrainConfig(StageConfig):
         images = count(split)
         batch_size = min(self.batch_size, images - images % self.devices)
         if batch_size < 2:
-            raise UsageError(
-                f"{self.cache}: split {split!r} has {counted(images, 'image')}; training needs {max(2, self.devices)}"
-            )
+            where = f"{self.cache}: split {split!r}" if split else self.cache
+            raise UsageError(f"{where} has {counted(images, 'image')}; training needs {max(2, self.devices)}")
         if (split, batch_size) == (self.split, self.batch_size):
             return self
         return check_config(TrainConfig, self.model_dump() | {"split": split, "batch_size": batch_size}, "train")

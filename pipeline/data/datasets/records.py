@@ -156,9 +156,9 @@ def sample_or_problem(
     if texts or captions is None:
         yield sample
     else:
-        yield Uncaptioned(
-            "no-caption", sample_id, f"{uri}: no caption names this image", lost_image=True, sample=sample
-        )
+        empty = any(problem.kind == "empty-caption" for problem in problems)
+        why = "its caption is empty" if empty else "no caption names this image"
+        yield Uncaptioned("no-caption", sample_id, f"{uri}: {why}", lost_image=True, sample=sample)
 
 
 def _unfit_name(text: str) -> str:

@@ -234,7 +234,8 @@ def why_none(problems: list[Problem]) -> str:
     first = [*(() if captioned else unread), *lost, *problems][0]
     bare = not captioned and first.kind == "no-caption"
     way_out = ". To cache images without captions, add ?uncaptioned=keep" if bare else ""
-    return f"no usable image among {len(lost)} listed; the first problem: {first}{way_out}"
+    listed = f" among {len(lost)} listed" if lost else ""
+    return f"no usable image{listed}; the first problem: {first}{way_out}"
 
 
 def digest_threads(source: ImageSource, samples: Sequence[Sample]) -> int:
@@ -250,13 +251,15 @@ def list_samples(spec: DatasetSpec) -> SampleSet:
     """
     listed = SampleSet(spec.kind, spec.root)
     seen: dict[str, Sample] = {}
+    hinted = False
     for record in _records(spec):
         if isinstance(record, Problem):
             listed.problems.append(record)
         elif record.sample_id in seen:
             first = seen[record.sample_id]
             other_tar = spec.kind == "webdataset" and record.uri != first.uri
-            hint = "; where each tar counts its keys anew, add ?ids=tar" * other_tar
+            hint = "; where each tar counts its keys anew, add ?ids=tar" * (other_tar and not hinted)
+            hinted = hinted or other_tar
             detail = f"{record.uri}: this sample_id is taken by an earlier sample{hint}"
             lost_image = (record.uri, record.offset) != (first.uri, first.offset)
             listed.problems.append(Problem("duplicate-id", record.sample_id, detail, lost_image))

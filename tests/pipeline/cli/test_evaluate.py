@@ -28,6 +28,8 @@ def test_a_plain_result_needs_no_remark() -> None:
 @pytest.mark.parametrize("low", ["teacher", "student"])
 def test_a_model_at_chance_makes_the_retention_worthless(low: str) -> None:
     assert remarks(**{low: recalls(2)}) == [f"the {low} is hardly above chance: the retention says nothing"]
+    alone = {"teacher": recalls(2), "student": None, "run": None}
+    assert remarks(**alone)[-1] == "the teacher is hardly above chance: a student's retention will say nothing"
 
 
 def test_captions_that_images_share_are_said_for_few_images_too() -> None:

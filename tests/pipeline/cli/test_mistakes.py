@@ -26,6 +26,7 @@ CASES = [
     (f"{TEACHER} ViT-B32", 2, "teacher 'ViT-B32': no open_clip model has this name. Did you mean ViT-B-32, "),
     (f"{TEACHER} ViT-B32 --pretrained openai", 2, "Did you mean ViT-B-32, "),
     (f"{TEACHER} ViT-B-32", 2, "needs --pretrained, one of openai, laion2b_e16, "),
+    (f"{TEACHER} ViT-B-32", 2, " and 14 more, or a weights file; without"),
     (f"{TEACHER} ViT-B-32 --pretrained openay", 2, "'openay' is no tag of it and no file. Did you mean openai?"),
     (f"{TEACHER} zzz", 2, "no open_clip model has this name. There are EVA01-g-14, "),
     (f"{TEACHER} bundled:scene", 2, "teacher 'bundled:scene' is not known. Did you mean bundled:scenes?"),
@@ -129,6 +130,7 @@ CASES = [
     ("info nothing", 2, "nothing: no cache here (manifest.json not found). Check the path"),
     ("info known.cach", 2, "known.cach: no cache here (manifest.json not found). Did you mean known.cache? Check"),
     (TRAIN.replace("known", "nothing"), 2, "nothing.cache: no cache here"),
+    ("info sidecar", 2, "error: sidecar is a folder of exported rows, of known.cache; a cache is wanted here\n"),
     ("info r1", 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
     ("verify pairs.csv", 2, "error: pairs.csv is a table; a cache is wanted here\n"),
     ("stats shipped", 2, "error: shipped is a deployed student, of r1; a cache is wanted here\n"),
@@ -199,6 +201,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "shipped/deploy.json").write_text('{"run": "r1"}')
     (here / "checkpoint/open_clip_config.json").write_text("{}")
     (here / "folder/x").write_text("")
+    (here / "sidecar/export.json").write_text(json.dumps({"cache": "known.cache"}))
     for name in ("cat", "dog"):
         (here / "classes" / name).mkdir(parents=True)
         (here / "classes" / name / "a.jpg").write_bytes(b"")

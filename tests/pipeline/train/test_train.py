@@ -227,6 +227,7 @@ def test_the_settings_are_fitted_to_the_cache(
 @pytest.mark.parametrize(
     ("splits", "settings", "message"),
     [
+        ({"": 1}, {}, "^c has 1 image; training needs 2"),
         ({"train": 1}, {}, "c: split 'train' has 1 image; training needs 2"),
         ({"train": 3}, {"devices": 4}, "c: split 'train' has 3 images; training needs 4"),
         ({"val": 60}, {"select_split": "val"}, "select_split 'val' is the split to train on"),

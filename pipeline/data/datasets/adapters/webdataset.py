@@ -162,6 +162,10 @@ def check(root: str, *, txt: str = "whole", ids: str = "key", **_: str) -> None:
     _check_options(txt, ids)
     tars = _tars(root)
     if "://" not in root and not any(Path(tar).exists() for tar in tars):
+        folder = Path(tars[0]).parent
+        if len(tars) > 1 and folder.is_dir():
+            names = f"none of {Path(tars[0]).name} to {Path(tars[-1]).name} is there"
+            raise UsageError(f"{root}: {names}; {folder} holds {contents(folder)}")
         require_there(tars[0])
 
 
@@ -281,6 +285,8 @@ def _read_tar(tar: str, uri: str, members: dict[str, _Member], texts: _Texts) ->
         images = sum(member.offset >= 0 for member in members.values())
         reason = str(error) or type(error).__name__
         detail = f"broken or cut short after {counted(images, 'image')}, the rest is not read: {reason}"
+        if not members and reason in ("empty file", "invalid header", "truncated header", "bad checksum"):
+            detail = f"no tar, but {_beginning(tar)}"
         if packer := _packer(tar):
             detail = f"compressed by {packer}, and tars are read in place; unpack it"
         # the number of images in the rest is unknown, so none is counted as lost
@@ -290,6 +296,12 @@ def _read_tar(tar: str, uri: str, members: dict[str, _Member], texts: _Texts) ->
 def _reason_behind(error: Exception) -> str:
     """Return why a server did not answer: fsspec calls that a missing file."""
     return f" or its server does not answer ({error.__cause__})" if error.__cause__ is not None else ""
+
+
+def _beginning(tar: str) -> str:
+    with fsspec.open(tar, "rb") as file:
+        start = file.read(20)
+    return f"a file that begins with {start!r}" if start else "a file of 0 bytes"
 
 
 def _packer(tar: str) -> str:

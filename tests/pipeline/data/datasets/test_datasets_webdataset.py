@@ -86,6 +86,7 @@ def test_an_empty_txt_does_not_hide_the_caption_of_the_json(tmp_path: Path, pict
         ([("a.json", '{"text": "One."}'), ("a.txt", "Not this.")], {"caption": "text"}, ("One.",), ""),
         ([("a.json", '{"text": "One."}')], {}, (), "captions are wanted as caption or captions, or by ?caption=KEY"),
         ([("a.json", '{"caption": "One."}')], {"caption": "text"}, (), "its captions are wanted as text, or by ?cap"),
+        ([("a.txt", " ")], {}, (), "0.tar: its caption is empty"),
         ([("a.cls", "3")], {}, (), "names this image; beside it lies .cls, the number of a class: write labelled: for"),
         ([("a.caption", "One.")], {}, (), "beside it lies .caption, and captions are read from .txt and .json"),
     ],
@@ -106,7 +107,7 @@ def test_captions_are_read_from_where_they_lie_or_that_is_said(
         with pytest.raises(UsageError) as refused:
             load_samples(DatasetSpec("webdataset", str(tar), tuple(settings.items())))
         assert said in str(refused.value)
-        assert str(refused.value).endswith("?uncaptioned=keep") == ("beside" in said)
+        assert str(refused.value).endswith("?uncaptioned=keep") == ("KEY" not in said and "?" not in said)
 
 
 def test_txt_lines_is_a_caption_per_line(tmp_path: Path, pictures: list[bytes]) -> None:
@@ -160,12 +161,13 @@ def test_patterns_name_their_tars(tmp_path: Path, pictures: list[bytes], monkeyp
 
 
 def test_keys_that_tars_repeat(tmp_path: Path, pictures: list[bytes]) -> None:
-    for number, name in enumerate(("train/0.tar", "val/0.tar")):
+    for number, name in enumerate(("train/0.tar", "val/0.tar", "val/1.tar")):
         write_tar(tmp_path / "w" / name, [("s0.jpg", pictures[number]), ("s0.txt", "A.")])
     found = load(f"webdataset:{tmp_path}/w")
-    assert told(found.problems) == [("duplicate-id", "s0", True)]
+    assert told(found.problems) == [("duplicate-id", "s0", True)] * 2
+    assert [problem.detail.endswith("add ?ids=tar") for problem in found.problems] == [True, False]
     found = load(f"webdataset:{tmp_path}/w?ids=tar")
-    assert [sample.sample_id for sample in found.samples] == ["train/0.tar/s0", "val/0.tar/s0"]
+    assert [sample.sample_id for sample in found.samples] == ["train/0.tar/s0", "val/0.tar/s0", "val/1.tar/s0"]
 
 
 def test_each_thing_wrong_is_named_and_the_rest_is_read(tmp_path: Path, pictures: list[bytes]) -> None:
@@ -250,6 +252,16 @@ def test_a_broken_header_keeps_what_was_read_and_other_tars(tmp_path: Path, pict
     assert [sample.sample_id for sample in found.samples] == ["a", "y"]
     assert told(found.problems) == [("broken-file", f"{number}.tar", False) for number in range(2)]
     assert f"after 1 image, the rest is not read: no end mark at byte {end}" in found.problems[0].detail
+    assert found.problems[1].detail == "no tar, but a file that begins with b'this was never a tar'"
+
+
+def test_a_file_that_is_no_tar_is_said_to_be_none(tmp_path: Path) -> None:
+    for content, said in ((b"", "of 0 bytes"), (b"<html>404", "that begins with b'<html>404'")):
+        (tmp_path / "0.tar").write_bytes(content)
+        with pytest.raises(
+            UsageError, match=rf"no usable image; the first problem: 0\.tar: no tar, but a file {said}$"
+        ):
+            load(f"webdataset:{tmp_path}/0.tar")
 
 
 def test_tars_behind_urls(tmp_path: Path, pictures: list[bytes]) -> None:

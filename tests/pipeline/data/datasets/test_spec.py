@@ -133,6 +133,10 @@ def test_a_url_needs_no_kind_where_its_ending_shows_it() -> None:
         ("table:HERE/pairs.csv?encoding=latin-8x", r"encoding='latin-8x' is not known; write for example encoding="),
         ("imagefolder:HERE/pics", r"no <class>/\*\.jpg .*found 0\.png; for pictures without classes write images:HERE"),
         ("webdataset:HERE/empty/*.tar", r"HERE/empty/\*\.tar: no tar has such a name; HERE/empty holds nothing$"),
+        (
+            "webdataset:HERE/empty/{0..3}.tar",
+            r"/\{0\.\.3\}\.tar: none of 0\.tar to 3\.tar is there; HERE/empty holds nothing$",
+        ),
         ("webdataset:HERE/no/*.tar", r"HERE/no: not there; HERE holds "),
         (
             "webdataset:s3://b/w/*.tar",
@@ -202,12 +206,12 @@ def test_the_check_takes_no_torch(tmp_path: Path) -> None:
         ("path,caption\n", r"pairs\.csv: lists no image\. Check the path, and the kind before it$"),
         (
             "path,caption\na.png,\nb.png,\n",
-            r"no usable image among 2 listed; the first problem: a\.png: no caption names this image\. To cache images "
+            r"no usable image among 2 listed; the first problem: a\.png: its caption is empty\. To cache images "
             r"without captions, add \?uncaptioned=keep$",
         ),
         (
             "path,caption\na.png,\nb.png,B.\n",
-            r"among 2 listed; the first problem: a\.png: no caption names this image$",
+            r"among 2 listed; the first problem: a\.png: its caption is empty$",
         ),
     ],
 )
