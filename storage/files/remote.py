@@ -55,7 +55,7 @@ class RetryPolicy:
 RETRY = RetryPolicy()
 """Default policy: about 15 seconds of pauses before it gives up."""
 
-_MARK = "created-by"  # metadata of an object made by create()
+_MARK = "createdby"  # metadata of an object made by create(); Azure takes identifiers only
 _ONE_PUT_BYTES = 64 << 20  # a larger object goes part after part, each with its own time limit
 _PART_BYTES = 16 << 20
 
