@@ -22,9 +22,10 @@ Clean = Literal["lower", "whitespace", "canonicalize"]
 
 _PROBE_TEXTS = ("a photo of a cat.", "Zwei Hunde, 3 cats & l'été!", "word " * 100, "\U0001f600", "")
 _WORDS = 65_536  # cached words: nearly all that captions use
-_SPECIALS = ("<start_of_text>", "<end_of_text>")
+SPECIALS = ("<start_of_text>", "<end_of_text>")
 _END_OF_WORD = "</w>"
-PATTERN = "|".join([*_SPECIALS, r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"])
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+PATTERN = "|".join([*SPECIALS, WORDS])
 """open_clip's regular expression of a word, without regard to case."""
 
 
@@ -53,8 +54,8 @@ class ClipTokenizer:
         self._byte_pieces = _byte_pieces()
         pieces = list(self._byte_pieces.values())
         pieces += [piece + _END_OF_WORD for piece in pieces] + [first + second for first, second in merges]
-        self.vocabulary = {piece: number for number, piece in enumerate([*pieces, *_SPECIALS])}
-        self.start_token, self.end_token = (self.vocabulary[special] for special in _SPECIALS)
+        self.vocabulary = {piece: number for number, piece in enumerate([*pieces, *SPECIALS])}
+        self.start_token, self.end_token = (self.vocabulary[special] for special in SPECIALS)
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         regex = import_module("regex")
         self._words: Any = regex.compile(PATTERN, regex.IGNORECASE)
@@ -78,7 +79,7 @@ class ClipTokenizer:
 
     def _ids_of(self, word: str) -> tuple[int, ...]:
         pieces = [self._byte_pieces[byte] for byte in word.encode()]
-        if word in _SPECIALS:
+        if word in SPECIALS:
             return (self.vocabulary[word],)
         pieces[-1] += _END_OF_WORD
         while len(pieces) > 1:

@@ -28,6 +28,7 @@ from teacher_cache.pipeline.deploy.quantize import NotQuantisable, quantize_towe
 from teacher_cache.pipeline.deploy.record import Artefact, Deployment, Variant, versions
 from teacher_cache.pipeline.deploy.table import Int8Report, StudentTable, to_markdown
 from teacher_cache.pipeline.deploy.tokens import tokenization_of
+from teacher_cache.pipeline.deploy.web import write_web
 from teacher_cache.pipeline.evaluate.labelled_images import open_labelled
 from teacher_cache.pipeline.evaluate.learned import count_learned
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit, open_split
@@ -100,6 +101,8 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
             folder, student, student_config, checkpoint, record, run_name, calibration, report
         )
         del student
+        if config.web:
+            write_web(folder, deployment)
         chosen_on = record.chosen_on(config.checkpoint)
         learned = count_learned(record, split.content_sha256, split.reader)
         subject = Subject(

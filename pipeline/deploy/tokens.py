@@ -66,7 +66,7 @@ class StudentTokens:
         self._encode: Callable[[Sequence[str]], NDArray[np.int64]]
         try:
             content = json.loads(data)
-            if content["pre_tokenizer"] == _pre_tokenizer():
+            if is_clip(content):
                 for name in ("ftfy", "regex"):
                     runtime_package(name)
                 merges = [(first, second) for first, second in content["model"]["merges"]]
@@ -184,6 +184,11 @@ def _from_transformers(tokenizer: Any, kind: str) -> tuple[dict[str, Any], int, 
         raise UsageError(f"tokenizer {kind} has no start or no end token; deploy one that puts both around a text")
     content: dict[str, Any] = json.loads(backend.to_str())
     return content, int(start), int(end)
+
+
+def is_clip(content: dict[str, Any]) -> bool:
+    """Return whether the content of a ``tokenizer.json`` is CLIP's tokenizer as :func:`tokenization_of` writes it."""
+    return bool(content["pre_tokenizer"] == _pre_tokenizer())
 
 
 def _pre_tokenizer() -> dict[str, Any]:

@@ -25,6 +25,7 @@ class DeployConfig(StageConfig):
     zero_shot: str | None = Field(None, description="Dataset to classify, as for zero-shot: imagefolder:PATH.")
     prompts: str | None = Field(None, description="Prompt set for that dataset, as for zero-shot.")
     int8: bool = Field(True, description="Make int8 files too.")
+    web: bool = Field(False, description="Write web/ too: the student as transformers.js and Optimum read it.")
     calibration_images: int = Field(
         512, gt=0, description="Number of training images that calibrate the int8 activations."
     )

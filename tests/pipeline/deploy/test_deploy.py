@@ -82,7 +82,7 @@ def deployed(
     trained: Path, tiny_teacher: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, DeployResult]:
     out = tmp_path_factory.mktemp("out") / "student"
-    return out, deploy(settings(trained, tiny_teacher, out, zero_shot=f"imagefolder:{pictures}"))
+    return out, deploy(settings(trained, tiny_teacher, out, zero_shot=f"imagefolder:{pictures}", web=True))
 
 
 def test_every_file_is_there_and_is_the_one_in_the_record(deployed: tuple[Path, DeployResult]) -> None:
@@ -93,7 +93,9 @@ def test_every_file_is_there_and_is_the_one_in_the_record(deployed: tuple[Path, 
         assert len(record.proven(out, artefact)) == artefact.bytes
     files = {path.name for path in out.iterdir()}
     named = {artefact.file for artefact in record.artefacts()}
-    assert files == named | {"deploy.json", "open_clip_config.json", "README.md", "table.json", "table.md", "table.png"}
+    tables = {"table.json", "table.md", "table.png"}
+    assert files == named | tables | {"deploy.json", "open_clip_config.json", "README.md", "web"}
+    assert {"text_model.onnx", "vision_model.onnx"} <= {path.name for path in (out / "web" / "onnx").iterdir()}
     assert not list(out.parent.glob(".partial-*"))
 
 
