@@ -15,9 +15,10 @@ from teacher_cache.pipeline.data.datasets.records import SampleSet
 from teacher_cache.pipeline.data.datasets.samples import load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.models.teacher import LiveTeacher
+from teacher_cache.pipeline.precompute.lost_samples import hint_at_gaps, require_few_problems
 from teacher_cache.pipeline.precompute.reuse import cached_rows, count_known, dataset_changes, require_reusable
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.errors import CacheError, CacheMismatchError, CacheNotFoundError, UsageError
+from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
@@ -32,7 +33,7 @@ from teacher_cache.storage.format.tables import (
     chunk_rows_sha256,
     samples_sha256,
 )
-from teacher_cache.storage.observe.logs import command_line, event, hint, logger, say
+from teacher_cache.storage.observe.logs import command_line, event, logger, say
 from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
@@ -45,7 +46,6 @@ CROP_SETTINGS = {"crop_scale": "scale", "crop_ratio": "ratio", "crop_flip": "fli
 """Settings of precompute, and their names in the identity (``ViewsIdentity``)."""
 # milder than ImageNet's 0.08: a caption describes the whole picture, and open_clip crops by 0.9 and more
 _CROPS: dict[str, Any] = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "seed": 0}
-_PROBLEMS_NAMED = 5
 _CHUNK_ROWS = 4096  # 4 MiB at 512 float16: larger chunks read no faster
 
 
@@ -261,54 +261,10 @@ def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progres
     spec = DatasetSpec.parse(settings.config.dataset)
     dataset, digests = load_samples(spec, checked)
     if settings.have is None:
-        _require_few_problems(settings.config, spec, dataset)
-        if spec.kind != "labelled" and not any(sample.split for sample in dataset.samples):
-            hint("nothing is held out to measure on: ?holdout=10% behind the dataset sets a part aside")
-        bare = sum(not sample.captions for sample in dataset.samples)
-        if spec.kind != "labelled" and 0 < bare < len(dataset.samples):
-            hint(
-                f"{bare:,} of {counted(len(dataset.samples), 'image')} have no caption: ?uncaptioned=drop leaves them "
-                "out; to learn from images alone train with --set captions_per_image=0"
-            )
+        require_few_problems(settings.config, spec, dataset)
+        hint_at_gaps(spec, dataset)
     tables = dataset_tables(dataset, digests)
     return PlannedDataset(settings, spec, dataset, tables, settings.identity(teacher, dataset_identity(spec, tables)))
-
-
-def _require_few_problems(config: PrecomputeConfig, spec: DatasetSpec, dataset: SampleSet) -> None:
-    broken = [problem for problem in dataset.problems if problem.kind == "broken-file"]
-    if broken and config.max_problems is None:
-        raise CacheError(
-            f"{config.dataset}: {counted(len(broken), 'file')} of samples cannot be read to the end. The first: "
-            f"{'; '.join(map(str, broken[:_PROBLEMS_NAMED]))}. Nothing was written. Mend them, or name a dataset "
-            "without them; --max-problems 10% caches what can be read"
-        )
-    _require_few_lost_captions(config, dataset)
-    asked = dict(spec.options).get("uncaptioned") == "drop"
-    lost = [one for one in dataset.problems if one.lost_image and not (asked and one.kind == "no-caption")]
-    images = len(dataset.samples) + len(lost)
-    if len(lost) <= (allowed := config.allowed_problems(images)):
-        return
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in Counter(problem.kind for problem in lost).items())
-    first = "; ".join(map(str, lost[:_PROBLEMS_NAMED]))
-    raise CacheError(
-        f"{config.dataset}: {len(lost):,} of {counted(images, 'image')} cannot be used ({kinds}), "
-        f"at most {allowed:,} are allowed. The first: {first}. Nothing was "
-        f"written. Mend the dataset, or leave them out: --max-problems {len(lost)}"
-        + "; ?uncaptioned=keep behind the dataset caches images without captions"
-        * ("no-caption" in kinds)
-    )
-
-
-def _require_few_lost_captions(config: PrecomputeConfig, dataset: SampleSet) -> None:
-    problems = [problem for problem in dataset.problems if problem.lost_captions]
-    lost = sum(problem.lost_captions for problem in problems)
-    captions = dataset.num_captions + lost
-    if lost > (allowed := config.allowed_problems(captions)):
-        raise CacheError(
-            f"{config.dataset}: {lost:,} of {counted(captions, 'caption')} would be left out, at most {allowed:,} are "
-            f"allowed. The first: {'; '.join(map(str, problems[:_PROBLEMS_NAMED]))}. Nothing was written. Mend the "
-            f"dataset, or leave them out: --max-problems {lost}"
-        )
 
 
 def plan_dataset(

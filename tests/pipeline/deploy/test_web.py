@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from teacher_cache.pipeline.deploy.record import Deployment
 from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 from teacher_cache.pipeline.deploy.web import write_web
 from teacher_cache.storage.errors import UsageError
+from tests.node_packages import npm_install
 from tests.pipeline.deploy.deployed import deploy_tiny
 
 TEXTS = ["A photo of a  DOG, running.", "two cats' 12 toys!", "blue", "the sea at night"]
@@ -84,14 +84,13 @@ def test_transformers_reads_the_folder_as_the_runtime_does(student: StudentRunti
         assert float((image * wanted).sum()) > 0.999
 
 
-def test_transformers_js_ranks_captions_as_the_runtime_does(student: StudentRuntime, picture: Path) -> None:
-    node = shutil.which("node")
-    root = os.environ.get("NODE_PATH") or subprocess.getoutput("npm root -g")
-    if node is None or not (Path(root) / "@huggingface" / "transformers").is_dir():
-        pytest.skip("needs Node and `npm install -g @huggingface/transformers`, or NODE_PATH of its folder")
+def test_transformers_js_ranks_captions_as_the_runtime_does(
+    student: StudentRuntime, picture: Path, tmp_path: Path
+) -> None:
+    packages = npm_install(tmp_path, "@huggingface/transformers")
     done = subprocess.run(
-        [node, "-e", NODE, str(student.folder), str(picture), *TEXTS],
-        env={**os.environ, "NODE_PATH": root},
+        ["node", "-e", NODE, str(student.folder), str(picture), *TEXTS],
+        env={**os.environ, "NODE_PATH": str(packages)},
         capture_output=True,
         text=True,
         check=False,

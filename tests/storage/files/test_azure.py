@@ -6,7 +6,6 @@ import base64
 import hashlib
 import hmac
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.node_packages import npm_install
 from tests.object_store import free_ports
 from tests.pipeline.train.train_work import run_command
 
@@ -43,14 +43,10 @@ def create_container(address: str, name: str) -> None:
 @pytest.fixture
 def azurite(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Environment in which ``az://caches`` is a container of a running Azurite."""
-    if shutil.which("npm") is None:
-        pytest.skip("no npm on the PATH: apt-get install npm")
-    made = subprocess.run(["npm", "install", "--silent", "azurite"], cwd=tmp_path, capture_output=True, check=False)
-    if made.returncode:
-        pytest.skip(f"npm cannot install azurite here: {made.stderr.decode()[-200:]}")
+    packages = npm_install(tmp_path, "azurite")
     (port,) = free_ports(1)
     address = f"http://127.0.0.1:{port}"
-    command = [tmp_path / "node_modules/.bin/azurite-blob", "--silent", "--disableTelemetry", "--skipApiVersionCheck"]
+    command = [packages / ".bin" / "azurite-blob", "--silent", "--disableTelemetry", "--skipApiVersionCheck"]
     command += ["--inMemoryPersistence", "--blobHost", "127.0.0.1", "--blobPort", str(port)]
     server = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
     try:
