@@ -200,7 +200,7 @@ def test_it_says_nothing_of_where_it_was_made(
     deployed: tuple[Path, DeployResult], trained: Path, pictures: Path
 ) -> None:
     out, _ = deployed
-    for path in out.iterdir():
+    for path in filter(Path.is_file, out.rglob("*")):
         for place in (out.parent, trained.parent, pictures):
             assert str(place).encode() not in path.read_bytes(), path.name
 
