@@ -79,10 +79,10 @@ _MAKE = "--dataset scenes:x --teacher bundled:scenes"
         (f"import {{tmp}} {_MAKE} --cache {{tmp}}/c", "train"),
         ("verify {golden} --sample 2", "train"),
         ("evaluate --cache {golden}", "train"),
-        ("train --cache {golden} --student scenes-small --out {tmp}/r", "train"),
+        ("train --cache {golden} --image-root {tmp} --student scenes-small --out {tmp}/r", "train"),
         ("student inherit --teacher bundled:scenes --student scenes-small --out {tmp}/i", "train"),
         ("student cost --teacher bundled:scenes", "train"),
-        ("student pixels --cache {golden} --student scenes-small --out {tmp}/p", "train"),
+        ("student pixels --cache {golden} --image-root {tmp} --student scenes-small --out {tmp}/p", "train"),
         (f"retrain {_MAKE} --home {{tmp}}/h --student scenes-small", "train"),
         ("demo --out {tmp}/d", "train"),
         ("infer {golden}/manifest.json --text a --student {tmp}", "train"),
@@ -90,6 +90,7 @@ _MAKE = "--dataset scenes:x --teacher bundled:scenes"
     ],
 )
 def test_a_missing_extra_is_named_with_its_install_line(hidden: str, command: str, extra: str, tmp_path: Path) -> None:
+    (tmp_path / "img-0.jpg").touch()  # a picture of the golden cache, which is asked for first
     done = run(hidden, *command.format(tmp=tmp_path, golden=GOLDEN).split())
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     *progress, last = done.stderr.splitlines()

@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 # files of a cache and a run, finished or not: only folders with nothing else are replaced
 CACHE_NAMES = {"manifest.json", "manifest.backup.json", "samples", "captions", "problems", "targets.zarr"}
 CACHE_NAMES |= {"commits", "claims", "journal"}
-RUN_NAMES = {"run.json", "log.jsonl", "checkpoints", "tensorboard", "evaluations", ".lock"}
+RUN_NAMES = {"run.json", "log.jsonl", "checkpoints", "tensorboard", "evaluations", ".lock", ".tracker-id"}
 
 
 class DemoResult(BaseModel):
