@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,14 +61,12 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
-    FOLDER = "tensorboard"
-
     def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # TensorBoard drops later steps of an earlier process
         purged = run.first_step + 1 if run.first_step else None
-        self._writer = SummaryWriter(str(run.folder / self.FOLDER), purge_step=purged, flush_secs=_FLUSH_SECONDS)
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purged, flush_secs=_FLUSH_SECONDS)
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         for name, value in scalars.items():
@@ -190,7 +187,6 @@ class Trackers:
         for name in names:
             try:
                 with redirect_stdout(sys.stderr):  # stdout is for the result
-                    import_module(name)
                     self._trackers[name] = _TRACKERS[name](run)
             except Exception as error:  # each tracker has exceptions of its own
                 self.close(finished=False)

@@ -52,7 +52,7 @@ def is_image(path: Path) -> bool:
 
 def is_table(name: str) -> bool:
     """Return whether a file is a table by its ending."""
-    return name.lower().endswith(TABLE_ENDINGS)
+    return name.lower().split("?")[0].endswith(TABLE_ENDINGS)
 
 
 def is_columnar(name: str) -> bool:
@@ -320,8 +320,11 @@ def require_utf8(text: str, where: str) -> None:
         )
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, advice: str = "download or copy it again") -> Any:
     """Read the JSON value of one file.
+
+    Args:
+        advice: what to do if it is not JSON.
 
     Raises:
         UsageError: not JSON.
@@ -330,7 +333,7 @@ def read_json(path: Path) -> Any:
         try:
             return json.load(file)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}: not JSON ({printable(str(error))}); download or copy it again") from None
+            raise UsageError(f"{path}: not JSON ({printable(str(error))}); {advice}") from None
 
 
 def read_json_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:

@@ -173,11 +173,7 @@ def read_class_names(path: str) -> dict[str, str] | list[str]:
         return _imagenet_names()
     if not Path(path).is_file():
         raise UsageError(f"class names {printable(path)!r}: no such file; write JSON, {{folder: name of the class}}")
-    try:
-        content = read_json(Path(path))
-    except UsageError as error:
-        what = str(error).partition("; download")[0]
-        raise UsageError(f'{what}; class names are JSON: {{"airplane": "Flugzeug"}}, a name for each folder') from None
+    content = read_json(Path(path), 'class names are JSON: {"airplane": "Flugzeug"}, a name for each folder')
     names = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise UsageError(f"{path}: an object {{folder: name of the class}} or a list of names is wanted, none empty")

@@ -13,11 +13,11 @@ from teacher_cache.pipeline.data.datasets.adapters import ADAPTERS, KIND_OF, che
 from teacher_cache.pipeline.data.datasets.files import (
     CAPTION_FILES,
     SPLIT_NAMES,
-    TABLE_ENDINGS,
     contents,
     flickr_text_folders,
     is_columnar,
     is_image,
+    is_table,
     require_there,
 )
 from teacher_cache.storage.errors import UsageError
@@ -176,7 +176,7 @@ _OTHER_READING = {
 def _kind_of_name(path: str) -> str:
     """Return the kind of a file by its name, or an empty text."""
     name = path.lower().split("?")[0]
-    if name.endswith(TABLE_ENDINGS) or kind_of(path) == SPREADSHEET:  # the table says what to do
+    if is_table(path) or kind_of(path) == SPREADSHEET:  # the table says what to do
         return "table"
     if name.endswith(".tar"):
         return "webdataset"
@@ -214,7 +214,7 @@ def _kind_of_folder(path: Path) -> str:
             return kind
     if any(is_columnar(file.name) for folder in (path, *_folders_in(path)) for file in folder.iterdir()):
         return "table"
-    tables = sorted(file.name for file in path.iterdir() if file.name.lower().endswith(TABLE_ENDINGS))
+    tables = sorted(file.name for file in path.iterdir() if is_table(file.name))
     if not tables and (kind := _kind_of_pictures(path)):
         return kind
     example = f"; for a table in it write table:{shown.rstrip('/')}/{printable(tables[0])}" if tables else ""
