@@ -20,7 +20,7 @@ from teacher_cache.storage.observe.logs import json_logs, say, start_json_logs_i
 register(
     "teacher_cache.pipeline.cli",
     ("Cache", "precompute", "caches", "Run a teacher once over a dataset and keep its embeddings."),
-    ("Cache", "import", "caches", "Make a cache from embeddings that clip-retrieval wrote."),
+    ("Cache", "import", "caches", "Make a cache from embeddings of clip-retrieval or DataCompDR."),
     ("Cache", "verify", "caches", "Check every byte of a cache; with --sample, random rows against the teacher."),
     ("Cache", "repair", "caches", "Restore damaged files of a cache and encode damaged chunks again."),
     (

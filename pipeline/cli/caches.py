@@ -73,7 +73,7 @@ def _suggest_use(config: PrecomputeConfig, teacher: str, splits: Iterable[str]) 
     "import",
     ImportConfig,
     flags=(
-        *("dataset", "teacher", "pretrained", "cache", "sample", "seed", "threshold", "dtype"),
+        *("dataset", "teacher", "pretrained", "cache", "columns", "sample", "seed", "threshold", "dtype"),
         *("precision", "batch_size", "device"),
     ),
     argument="folder",
@@ -85,9 +85,9 @@ def import_folder(config: ImportConfig, as_json: bool) -> None:
 
     Stop it at any time and run it again to continue.
     """
-    from teacher_cache.pipeline.precompute.clip_retrieval_folder import ForeignFolder  # pyarrow
+    from teacher_cache.pipeline.precompute.datacomp_dr import open_foreign  # pyarrow
 
-    ForeignFolder(config.folder)  # a wrong one is refused before torch is imported
+    open_foreign(config.folder, config.columns)  # a wrong one is refused before torch is imported
     with resumable(chunks_committed(config.cache)):
         from teacher_cache.pipeline.precompute.import_folder import import_rows  # as above
 

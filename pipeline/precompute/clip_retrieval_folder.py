@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +61,45 @@ class MatchCounts(BaseModel, frozen=True):
     unusable: int = Field(description="Images and captions whose row is NaN, infinite or zero.")
 
 
+class ForeignSource(Protocol):
+    """Rows of another tool, numbered from 0, with the names of their images and captions.
+
+    Attributes:
+        form: what it is, for messages.
+        towers: towers that it has.
+    """
+
+    form: str
+    location: str
+    towers: tuple[Tower, ...]
+
+    @property
+    def dim(self) -> int:
+        """Width of its embeddings."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+
+    def columns(self, *names: str) -> Iterator[tuple[int, pa.Table]]:
+        """Yield each part's first row number and its columns as strings; a missing column is all null.
+
+        Raises:
+            UsageError: a file cannot be read, or a column holds no text.
+        """
+
+    def take(
+        self, tower: Tower, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.bool_]]:
+        """Return rows as a cache holds them.
+
+        Returns:
+            Embedding, (rows, dim) float16 of unit norm: float16 rows of unit norm keep their bits, others are
+            normalised in float32. Norm, (rows,) float32, of the source's row: 1 where it was normalised. Usable,
+            (rows,) bool: False for a row that is zero or not finite, whose other two values mean nothing.
+        """
+
+
 @dataclass(frozen=True)
 class _Part:
     metadata: Path
@@ -69,16 +108,13 @@ class _Part:
 
 
 class ForeignFolder:
-    """Rows of such a folder, numbered through all parts in order and memory-mapped.
-
-    Attributes:
-        towers: towers that it has.
-        dim: width of its embeddings.
-        rows: number of rows in all parts.
+    """Rows of such a folder, numbered through all parts in order and memory-mapped: a :class:`ForeignSource`.
 
     Raises:
         UsageError: it does not have the published form, or its parts disagree; the message names the file.
     """
+
+    form = "a clip-retrieval folder"
 
     def __init__(self, location: str) -> None:
         if "://" in location:
@@ -130,11 +166,7 @@ class ForeignFolder:
         return _Part(metadata, rows, arrays)
 
     def columns(self, *names: str) -> Iterator[tuple[int, pa.Table]]:
-        """Yield each part's first row number and its columns as strings; a missing column is all null.
-
-        Raises:
-            UsageError: a file cannot be read, or a column holds no text.
-        """
+        """See :meth:`ForeignSource.columns`."""
         first = 0
         for part in self._parts:
             try:
@@ -151,20 +183,14 @@ class ForeignFolder:
     def take(
         self, tower: Tower, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.bool_]]:
-        """Return rows as a cache holds them.
-
-        Returns:
-            Embedding, (rows, dim) float16 of unit norm: float16 rows of unit norm keep their bits, others are
-            normalised in float32. Norm, (rows,) float32, of the folder's row: 1 where it was normalised. Usable,
-            (rows,) bool: False for a row that is zero or not finite, whose other two values mean nothing.
-        """
+        """See :meth:`ForeignSource.take`."""
         embedding = np.empty((len(rows), self.dim), np.float16)
         norm, usable = np.empty(len(rows), np.float32), np.empty(len(rows), np.bool_)
         part_of = np.searchsorted(self._stops, rows, side="right")
         for number in np.unique(part_of):
             part, of_part = self._parts[number], part_of == number
             local = rows[of_part] - (self._stops[number] - part.rows)
-            embedding[of_part], norm[of_part], usable[of_part] = _normalised(np.asarray(part.arrays[tower][local]))
+            embedding[of_part], norm[of_part], usable[of_part] = normalised(np.asarray(part.arrays[tower][local]))
         return embedding, norm, usable
 
 
@@ -176,8 +202,6 @@ def _found(root: Path, named: bool) -> str:
     """
     if (root.parent / "metadata").is_dir():
         return f"name the folder above: {root.parent}"
-    if any(root.glob("*.tar")):
-        return "here are tars, as export --sidecar writes them: export without --sidecar"
     if not named and (any(root.glob("*.npy")) or (root / "metadata").is_dir()):
         return (
             "without metadata/metadata_N.parquet, whose column image_path names the image of each row, none is matched"
@@ -214,8 +238,8 @@ def _mapped(path: Path) -> NDArray[Any]:
     return values
 
 
-def _normalised(rows: NDArray[Any]) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.bool_]]:
-    """See :meth:`ForeignFolder.take`."""
+def normalised(rows: NDArray[Any]) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.bool_]]:
+    """Return rows (rows, dim) as :meth:`ForeignSource.take` does."""
     values = rows.astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         norm = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64)).astype(np.float32)
@@ -237,7 +261,7 @@ class ForeignRows:
         sha256: digest of everything that :meth:`take` returns. Imports with the same digest write the same bytes.
     """
 
-    folder: ForeignFolder
+    folder: ForeignSource
     sources: dict[Tower, NDArray[np.int64]]
     counts: MatchCounts
     sha256: str
@@ -252,7 +276,7 @@ class ForeignRows:
     def of(
         self, tower: Tower, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.bool_], NDArray[np.float16], NDArray[np.float32]]:
-        """Return which of the dataset's rows are known, and their embedding and norm as :meth:`ForeignFolder.take`.
+        """Return which of the dataset's rows are known, and their embedding and norm as :meth:`ForeignSource.take`.
 
         Raises:
             CacheMismatchError: the folder has changed since it was matched.
@@ -268,7 +292,7 @@ class ForeignRows:
 
 
 def match_rows(
-    folder: ForeignFolder, samples: pa.Table, captions: pa.Table, image_root: str, progress: Progress | None = None
+    folder: ForeignSource, samples: pa.Table, captions: pa.Table, image_root: str, progress: Progress | None = None
 ) -> ForeignRows:
     """Find the folder's row of each image and caption of a dataset, by the module's rules.
 
@@ -340,7 +364,7 @@ def _index(values: pa.ChunkedArray, names: pa.Array) -> NDArray[np.int64]:
 
 
 def _match_images(
-    folder: ForeignFolder, sources: NDArray[np.int64], names: _Names, progress: Progress | None
+    folder: ForeignSource, sources: NDArray[np.int64], names: _Names, progress: Progress | None
 ) -> tuple[int, int]:
     """Fill in the folder's row of each image. Return the numbers of unmatched rows and of ambiguous images."""
     strange, different = 0, set[int]()
@@ -364,7 +388,7 @@ def _match_images(
     return strange, len(different)
 
 
-def _match_captions(folder: ForeignFolder, sources: NDArray[np.int64], texts: pa.ChunkedArray) -> None:
+def _match_captions(folder: ForeignSource, sources: NDArray[np.int64], texts: pa.ChunkedArray) -> None:
     for first, table in folder.columns("caption"):
         pending = np.flatnonzero(sources < 0)
         captions = pc.utf8_trim_whitespace(long_texts(table["caption"])).combine_chunks()
@@ -373,7 +397,7 @@ def _match_captions(folder: ForeignFolder, sources: NDArray[np.int64], texts: pa
 
 
 def _check(
-    folder: ForeignFolder, sources: dict[Tower, NDArray[np.int64]], progress: Progress | None
+    folder: ForeignSource, sources: dict[Tower, NDArray[np.int64]], progress: Progress | None
 ) -> tuple[int, str]:
     """Remove matches with unusable rows from ``sources``. Return their number, and a digest of the others."""
     digest = hashlib.sha256()

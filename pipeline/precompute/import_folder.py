@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.datasets.spec import check_dataset
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
-from teacher_cache.pipeline.precompute.clip_retrieval_folder import ForeignFolder, ForeignRows, MatchCounts, match_rows
+from teacher_cache.pipeline.precompute.clip_retrieval_folder import ForeignRows, ForeignSource, MatchCounts, match_rows
+from teacher_cache.pipeline.precompute.datacomp_dr import ReinforcedShards, open_foreign
 from teacher_cache.pipeline.precompute.encode import encode_shared
 from teacher_cache.pipeline.precompute.plan import (
     PlannedDataset,
@@ -35,6 +36,7 @@ from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.manifest import IMPORTED, IMPORTED_ROWS, CacheManifest
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
+from teacher_cache.storage.observe.logs import hint
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 _ROWS_NAMED = 5
@@ -82,13 +84,15 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
     """
     started = time.perf_counter()
     check_dataset(config.dataset)
-    folder = ForeignFolder(config.folder)
+    folder = open_foreign(config.folder, config.columns)
+    if isinstance(folder, ReinforcedShards):
+        hint(folder.left_aside)
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)
     planned = read_dataset(PlanSettings.of(config), teacher, progress)
     if folder.dim != planned.identity.teacher.embed_dim:
         raise CacheMismatchError(
             f"{config.folder}: rows are {folder.dim} wide, {planned.identity.teacher.embed_dim} those of "
-            f"{teacher.name}. Name the teacher that made them."
+            f"{teacher.name}. Name the teacher that made them{_ensemble(folder)}."
         )
     samples, captions = planned.tables[SAMPLES], planned.tables[CAPTIONS]
     known = match_rows(folder, samples, captions, planned.dataset.root, progress)
@@ -98,7 +102,7 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
     proof = _prove(config, teacher, planned, known, progress)
     images, texts = proof.compared["image"], proof.compared["text"]
     origin = (
-        f"from a clip-retrieval folder, {known.counts.images:,} image rows and {known.counts.captions:,} caption rows, "
+        f"from {folder.form}, {known.counts.images:,} image rows and {known.counts.captions:,} caption rows, "
         f"{images:,} and {texts:,} proven to cosine {config.threshold:g}"
     )
     made_with = teacher.library_versions() | {IMPORTED: origin, IMPORTED_ROWS: known.sha256}
@@ -133,11 +137,16 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
     )
 
 
-def _nothing_matched(folder: ForeignFolder, planned: PlannedDataset) -> str:
+def _ensemble(folder: ForeignSource) -> str:
+    of_several = isinstance(folder, ReinforcedShards)
+    return ", or of an ensemble's rows its part: --columns 0:768 is the first of two ViT-L/14" if of_several else ""
+
+
+def _nothing_matched(folder: ForeignSource, planned: PlannedDataset) -> str:
     first = planned.tables[SAMPLES].slice(0, 1).to_pylist()[0]
     name = first["uri"] if first["offset"] < 0 else first["sample_id"]
     _, table = next(folder.columns("image_path", "caption"))
-    example = next((repr(row[name]) for row in table.slice(0, 1).to_pylist() for name in row if row[name]), "nothing")
+    example = next((repr(row[name]) for row in table.slice(0, 2).to_pylist() for name in row if row[name]), "nothing")
     return (
         f"{folder.location}: none of its {folder.rows:,} rows is of {planned.spec}. The folder's first is {example}, "
         f"the dataset's first image {name!r} in {planned.dataset.root}. Name both as they were then"

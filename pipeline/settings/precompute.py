@@ -108,9 +108,16 @@ class PrecomputeConfig(StageConfig):
 
 
 class ImportConfig(PrecomputeConfig):
-    """Make a cache from a folder of clip-retrieval, once a sample of its rows is proven."""
+    """Make a cache from rows of clip-retrieval or of DataCompDR, once a sample of them is proven."""
 
-    folder: str = Field(description="Folder with img_emb, text_emb and metadata, as clip-retrieval writes it.")
+    folder: str = Field(
+        description="Folder with img_emb, text_emb and metadata, as clip-retrieval writes it, or tars of DataCompDR."
+    )
+    columns: str | None = Field(
+        None,
+        pattern=r"^\d{1,6}:\d{1,6}$",
+        description="Columns FIRST:STOP of the teacher in DataCompDR's rows, which are an ensemble's. Default: all.",
+    )
     sample: int = Field(500, gt=0, description="Number of rows of each tower to compare with the live teacher first.")
     seed: int = Field(0, ge=0, description="Seed of the sample.")
     threshold: float = Field(

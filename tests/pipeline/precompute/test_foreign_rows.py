@@ -18,8 +18,8 @@ from hypothesis.extra import numpy as arrays
 from teacher_cache.pipeline.precompute.clip_retrieval_folder import (
     ForeignFolder,
     ForeignRows,
-    _normalised,
     match_rows,
+    normalised,
 )
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.row_rules import wrong_rows
@@ -150,7 +150,7 @@ def test_other_rows_or_other_matches_have_another_digest(tmp_path: Path) -> None
     )
 )
 def test_whatever_is_usable_can_be_written(values: Rows) -> None:
-    embedding, norm, usable = _normalised(values)
+    embedding, norm, usable = normalised(values)
     assert embedding.dtype == np.float16
     kept = {"embedding": embedding[usable], "norm": norm[usable]}
     assert not usable.any() or list(wrong_rows(range(int(usable.sum())), kept, ())) == []
@@ -165,10 +165,10 @@ def test_whatever_is_usable_can_be_written(values: Rows) -> None:
 
 def test_unit_rows_of_float16_keep_their_bits() -> None:
     image = rows(50)
-    embedding, norm, _ = _normalised(image)
+    embedding, norm, _ = normalised(image)
     np.testing.assert_array_equal(embedding, image)
     assert set(norm.tolist()) == {1.0}
-    renormalised = _normalised(image.astype(np.float32))[0]
+    renormalised = normalised(image.astype(np.float32))[0]
     assert (renormalised != image).any()  # why: once more normalised they would be others
 
 

@@ -4,6 +4,7 @@
       000000012.jpg    the image: jpg, jpeg, png or webp
       000000012.txt    its caption, the whole text; or
       000000012.json   a text or a list of texts as "caption" or "captions", where there is no .txt
+      000000012.syn.json   with ``?syn=syn_text``: further captions, as in DataCompDR
 
 The root is a folder (every ``*.tar`` below it), one tar, or a pattern such as ``shards/{000..003}.tar`` or
 ``shards/*.tar``. A tar or a pattern with braces may be a URL. The key is the member's path up to the first dot of its
@@ -24,7 +25,7 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -50,6 +51,7 @@ from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.observe.safe_text import printable
 
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+SYNTHETIC = "syn.json"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _MOST_TARS = 1_000_000
@@ -82,7 +84,7 @@ class _Entry(tarfile.TarInfo):
 class _Member:
     """Members of a tar with the same key, while the tar is read."""
 
-    offset: int = -1
+    offset: int = -1  # of the image
     length: int = -1
     texts: dict[str, list[str]] = field(default_factory=dict)  # captions or label, by ending
     others: list[str] = field(default_factory=list)  # endings that are neither image nor text
@@ -104,11 +106,21 @@ class _Texts:
     endings: tuple[str, ...] = ("txt", "json")
     lines: bool = False
     encoding: str = ""
-    keys: tuple[str, ...] = ("caption", "captions")
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"json": ("caption", "captions")})
+    """Keys of the texts in a JSON, by its ending."""
+    beside: tuple[str, ...] = _IMAGE_ENDINGS
+    """Endings of the member whose position is kept: the image, or the rows of DataCompDR."""
 
 
 def read(
-    root: str, *, split: str = "", txt: str = "whole", ids: str = "key", encoding: str = "", caption: str = ""
+    root: str,
+    *,
+    split: str = "",
+    txt: str = "whole",
+    ids: str = "key",
+    encoding: str = "",
+    caption: str = "",
+    syn: str = "",
 ) -> Iterator[Record]:
     """Read the samples of all tars.
 
@@ -120,6 +132,7 @@ def read(
         encoding: encoding of captions, for example ``cp1252``. Default: UTF-8 without broken characters.
         caption: key of the captions in the .json, which is then read in place of the .txt. Default: ``caption``, else
             ``captions``.
+        syn: key of the list of captions in ``KEY.syn.json`` that follow the image's own. DataCompDR's is ``syn_text``.
 
     Raises:
         UsageError: no tar, an option with another value, or a caption of another encoding.
@@ -128,7 +141,11 @@ def read(
     glued = 0
     how = _Texts(lines=txt == "lines", encoding=encoding)
     if caption:
-        how = replace(how, endings=("json",), keys=(caption,))
+        how = replace(how, endings=("json",), keys={"json": (caption,)})
+    if syn:
+        # DataCompDR's .json holds ids, no captions
+        own = ("json",) if caption else ("txt",)
+        how = replace(how, endings=(*own, SYNTHETIC), keys={**how.keys, SYNTHETIC: (syn,)})
     for uri, tar_split, key, member in _members(root, split, how):
         sample_id = f"{uri}/{key}" if ids == "tar" else key
         if isinstance(member, Problem):
@@ -138,8 +155,9 @@ def read(
             texts = [member.texts[ending] for ending in ("txt", "json") if ending in member.texts]
             glued += txt == "whole" and any("\n" in text.strip() for text in member.texts.get("txt", ()))
             captions = next((own for own in texts if any(map(str.strip, own))), texts[0] if texts else [])
+            captions = [*captions, *member.texts.get(SYNTHETIC, ())]
             for record in sample_or_problem(sample_id, uri, tar_split, captions, member.offset, member.length):
-                if isinstance(record, Uncaptioned) and not texts:
+                if isinstance(record, Uncaptioned) and not member.texts:
                     record = replace(record, detail=record.detail + _instead(member.others))  # noqa: PLW2901
                 yield record
         elif member.texts:
@@ -199,6 +217,48 @@ def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
             continue
         for record in sample_or_problem(sample_id, uri, split, [label], member.offset, member.length):
             yield record, split, "" if isinstance(record, Problem) else str(int(label))
+
+
+@dataclass(frozen=True)
+class Reinforced:
+    """What a sample of DataCompDR has, and the position of its rows (``KEY.npz``) in the tar.
+
+    Attributes:
+        captions: the image's own, None without a ``KEY.txt``, then the synthetic ones: the order of ``text_emb``.
+        augmentations: JSON of a list, for each row of ``image_emb`` the crop (top, left, height, width) and the list of
+            RandAugment's (number of the operation, magnitude).
+    """
+
+    tar: str
+    key: str
+    captions: tuple[str | None, ...]
+    augmentations: str
+    offset: int
+    length: int
+
+
+def read_reinforced(root: str) -> Iterator[Reinforced]:
+    """Read the samples of DataCompDR's shards: ``KEY.npz``, ``KEY.syn.json``, ``KEY.paug.json``, and any ``KEY.txt``.
+
+    Raises:
+        UsageError: there is no tar, one is cut short, or a sample lacks a member or its key; the message names it.
+    """
+    keys = {SYNTHETIC: ("syn_text",), "paug.json": ("param_aug",)}
+    # another encoding of the image's own caption costs its row, as it then matches none
+    for uri, _, key, member in _members(root, texts=_Texts(("txt", *keys), False, "utf-8", keys, ("npz",))):
+        tar = f"{data_folder(root)}/{uri}"
+        if isinstance(member, Problem):
+            raise UsageError(f"{tar}: {member}. Download it again")
+        has = [*member.texts, *(["npz"] * (member.offset >= 0))]
+        if missing := [ending for ending in ("npz", *keys) if ending not in has]:
+            raise UsageError(
+                f"{tar}: the sample {printable(key)!r} has no .{' and no .'.join(missing)}, only "
+                f"{printable(', '.join([*has, *member.others]))}. Each sample of DataCompDR's shards has KEY.npz "
+                "(image_emb, text_emb), KEY.syn.json (syn_text) and KEY.paug.json (param_aug)"
+            )
+        own = " ".join(member.texts.get("txt", [])) or None
+        captions = (own, *member.texts[SYNTHETIC])
+        yield Reinforced(tar, key, captions, member.texts["paug.json"][0], member.offset, member.length)
 
 
 def _members(root: str, split: str = "", texts: _Texts = _Texts()) -> Iterator[tuple[str, str, str, _Member | Problem]]:
@@ -325,17 +385,17 @@ def _read_members(file: IO[bytes], uri: str, members: dict[str, _Member], texts:
             key, ending = _key_of(entry.name)
             if entry.isdir() or not key:
                 continue  # extended attributes
-            if ending not in _IMAGE_ENDINGS and ending not in texts.endings:
+            if ending not in texts.beside and ending not in texts.endings:
                 # a mask beside its image, an image with a dot in its name, a class label
                 member = members.setdefault(key, _Member())
                 member.others.append(ending)
-                if ending.rpartition(".")[2] in _IMAGE_ENDINGS:
+                if ending.rpartition(".")[2] in texts.beside:
                     member.passed_over = entry.name
                 continue
             problem = _add_member(archive, entry, key, ending, members, texts, f"{uri}/{entry.name}")
             if problem is not None:
                 kind, detail = problem
-                lost_image = ending in _IMAGE_ENDINGS
+                lost_image = ending in texts.beside
                 yield Problem(kind, f"{uri}/{entry.name}", detail, lost_image)
         # tarfile takes a broken header for the end; a complete tar ends in a block of zeros
         file.seek(archive.offset)
@@ -366,12 +426,12 @@ def _add_member(
     Raises:
         UsageError: a text is of another encoding.
     """
-    image = ending in _IMAGE_ENDINGS
+    image = ending in texts.beside
     if not entry.isreg() or entry.issparse():
         return "bad-record", "a link or a sparse member, not a plain file; its bytes are not in one piece here"
     member = members.setdefault(key, _Member())
     if (image and member.offset >= 0) or ending in member.texts:
-        what = "image" if image else ending
+        what = "image" if image and ending in _IMAGE_ENDINGS else ending
         return "duplicate-id", f"the key {printable(key)!r} has its {what} already; the first stays"
     if image:
         member.offset, member.length = entry.offset_data, entry.size
@@ -383,12 +443,14 @@ def _add_member(
     text = as_text(content, texts.encoding or "utf-8").read()
     if not texts.encoding:
         require_utf8(text, printable(where))
-    if ending != "json":
+    if ending not in texts.keys:
         member.texts[ending] = text.splitlines() if texts.lines else [text]
         return None
-    captions = _json_captions(text, texts.keys)
+    keys = texts.keys[ending]
+    captions = _json_captions(text, keys)
     if isinstance(captions, str):
-        return "bad-record", f"{captions}; its captions are wanted as {' or '.join(texts.keys)}, or by ?caption=KEY"
+        wanted_as = f"its captions are wanted as {' or '.join(keys)}, or by ?caption=KEY"
+        return "bad-record", f"{captions}; {wanted_as if ending == 'json' else f'{keys[0]} is wanted'}"
     member.texts[ending] = captions
     return None
 
