@@ -132,7 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, _: bytes, repository: str, name: str) -> None:
         data = self.hub.files.get(repository, {}).get(name)
         if data is None:
-            return self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+            missing = "Entry" if repository in self.hub.files else "Repo"
+            return self.answer({"error": f"{missing} not found"}, 404, X_Error_Code=f"{missing}NotFound")
         return self.answer(data, X_Repo_Commit=self.hub.head, ETag=f'"{hashlib.sha256(data).hexdigest()}"')
 
     routes = (

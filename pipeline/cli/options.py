@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from teacher_cache.pipeline.settings.base import StageConfig, learned_split
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
-from teacher_cache.pipeline.settings.names import check_device, check_student, check_teacher
+from teacher_cache.pipeline.settings.names import HUB, check_device, check_student, check_teacher
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig, ProofConfig
 from teacher_cache.pipeline.settings.run_file import RUN_FILE_STAGES, explicit_settings, load_config
 from teacher_cache.pipeline.settings.student import InheritConfig, MeanConfig, ResizeConfig
@@ -133,10 +133,16 @@ def check_names(config: StageConfig) -> None:
         check_teacher(named["teacher"], named.get("pretrained"))
     if "student" in named:
         check_student(named["student"])
-    if isinstance(config, TrainConfig) and config.init is not None:
+    init = config.init if isinstance(config, TrainConfig) else None
+    if init is not None and not init.startswith(HUB):
         from teacher_cache.pipeline.models.run_record import require_checkpoint
 
-        require_checkpoint(Path(config.init))
+        require_checkpoint(Path(init))
+    for what, name in (("student", named.get("student")), ("init", init), ("teacher", named.get("teacher"))):
+        if name is not None and name.startswith(HUB):
+            from teacher_cache.pipeline.models.hub import hub_config
+
+            hub_config(name, f"{what} {name!r}")
     if isinstance(config, PrecomputeConfig):
         from teacher_cache.storage.write.plan import require_place
 

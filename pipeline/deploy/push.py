@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from teacher_cache.pipeline.deploy.card import on_hub, run_card
 from teacher_cache.pipeline.deploy.record import RECORD, Artefact, Deployment
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
+from teacher_cache.pipeline.models.hub import hub_answers
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import (
     CHECKPOINT_WEIGHTS,
@@ -21,7 +22,6 @@ from teacher_cache.pipeline.models.run_record import (
     open_clip_config,
     require_checkpoint,
 )
-from teacher_cache.pipeline.models.safe_loading import hub_answers
 from teacher_cache.pipeline.settings.deploy import PushConfig
 from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.storage.errors import UsageError

@@ -8,30 +8,20 @@ from __future__ import annotations
 
 import logging
 import pickle
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Thread
 from typing import Any
-from urllib.parse import urlsplit
 
 import open_clip
-from huggingface_hub import constants, get_session
 from open_clip.tokenizer import SimpleTokenizer
 
 from teacher_cache.pipeline.data.tokens import PATTERN, ClipTokenizer
+from teacher_cache.pipeline.models.hub import hub_within_reach
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-# it writes its warnings itself and passes them on too: each would appear twice
-logging.getLogger("huggingface_hub").handlers.clear()
-
-_HUB_SECONDS = 4.0
-# what open_clip, the hub's library and transformers say about a file that they could not get
-_DOWNLOAD = re.compile("download|HF Hub|offline|connect|local cache", re.IGNORECASE)
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy")
 
 
@@ -57,47 +47,6 @@ def foreign_model(what: str) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{what} cannot be loaded: {printable(text)}") from error
-
-
-@contextmanager
-def hub_within_reach(what: str) -> Iterator[None]:
-    """Let the block read models of Hugging Face's hub; if the hub does not answer, from local copies alone.
-
-    The hub's library would try each file six times, for a minute in all.
-
-    Raises:
-        UsageError: a file has no local copy, and the hub does not answer or ``HF_HUB_OFFLINE`` is set.
-    """
-    offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = offline or not hub_answers()
-    try:
-        yield
-    except Exception as error:
-        if not constants.HF_HUB_OFFLINE or not _DOWNLOAD.search(str(error)):
-            raise
-        reason = "HF_HUB_OFFLINE is set" if offline else f"{urlsplit(constants.ENDPOINT).netloc} cannot be reached"
-        raise UsageError(
-            f"{what}: {reason}, and there is no local copy. Offline: docs/howto/offline.md, or local-dir:PATH"
-        ) from error
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-
-
-def hub_answers() -> bool:
-    """Return whether the hub, or the proxy to it, answers within some seconds, with whatever status."""
-    answered: Queue[bool] = Queue()
-
-    def ask() -> None:
-        with suppress(Exception):  # each library of HTTP has its own errors
-            get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
-            answered.put(True)
-        answered.put(False)
-
-    # a thread: looking up a name has no timeout
-    Thread(target=ask, daemon=True).start()
-    with suppress(Empty):
-        return answered.get(timeout=_HUB_SECONDS)
-    return False
 
 
 @contextmanager

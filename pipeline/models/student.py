@@ -24,19 +24,19 @@ from torch import Tensor, nn
 
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.models.factorized import RANK_KEY, dense_state, factorize, factors_of
+from teacher_cache.pipeline.models.hub import hub_config, hub_within_reach
 from teacher_cache.pipeline.models.locked_layers import lock_image_layers
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, RunRecord, require_checkpoint
 from teacher_cache.pipeline.models.safe_loading import (
     foreign_model,
-    hub_within_reach,
     load_tokenizer,
     quiet_root,
     require_plain_settings,
 )
 from teacher_cache.pipeline.models.text_length import can_shorten, encode_by_length, encode_text, shorten
 from teacher_cache.pipeline.models.weights import write_weights
-from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG, presets, unknown_student
+from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG, HUB, presets, unknown_student
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder
 
@@ -213,11 +213,14 @@ def student_config(name: str) -> dict[str, Any]:
 
     Args:
         name: shipped preset, path of a JSON file in the form of open_clip's model configs (or of a checkpoint's
-            ``open_clip_config.json``), or name of a built-in open_clip model (architecture only, random weights).
+            ``open_clip_config.json``), name of a built-in open_clip model, or ``hf-hub:ORG/NAME``. Only the
+            architecture is read.
 
     Raises:
         UsageError: none of these, or the file is not a model config.
     """
+    if name.startswith(HUB):
+        return _checked_config(hub_config(name, f"student {name!r}"), name)
     path = presets().get(name) or (Path(name) if name.endswith(".json") else None)
     if path is None:
         config = open_clip.get_model_config(name)
@@ -232,6 +235,10 @@ def student_config(name: str) -> dict[str, Any]:
         raise UsageError(f"student {name!r}: not JSON: {error}") from error
     if isinstance(config, dict) and isinstance(config.get("model_cfg"), dict):
         config = _checkpoint_config(config)
+    return _checked_config(config, name)
+
+
+def _checked_config(config: Any, name: str) -> dict[str, Any]:
     missing = [
         key for key in ("embed_dim", "vision_cfg", "text_cfg") if not isinstance(config, dict) or key not in config
     ]
@@ -257,7 +264,7 @@ def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], te
     with tempfile.TemporaryDirectory() as folder:
         text = json.dumps({"model_cfg": _plain(config), "preprocess_cfg": preprocess})
         (Path(folder) / CHECKPOINT_CONFIG).write_text(text)
-        model = _create(folder, load_weights=False, what="this student")
+        model = _create(f"local-dir:{folder}", load_weights=False, what="this student")
     if RANK_KEY in config:
         factorize(model, config[RANK_KEY], "student")
     return Student(model, config, teacher_dim)
@@ -313,7 +320,7 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
     with foreign_model(f"student {folder}"):
         config = _checkpoint_config(json.loads((folder / CHECKPOINT_CONFIG).read_text()))
         require_plain_settings(config, f"student {folder}")
-        model = _create(str(folder), load_weights=True, what=f"student {folder}")
+        model = _create(f"local-dir:{folder}", load_weights=True, what=f"student {folder}")
         if RANK_KEY in config:
             _load_factors(model, config[RANK_KEY], folder)
         projections = load_file(folder / _PROJECTION) if (folder / _PROJECTION).is_file() else {}
@@ -323,8 +330,15 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
     return student.eval(), config
 
 
-def load_initial(student: Student, folder: str) -> None:
-    """Start a student from the weights of a checkpoint, or of a folder that ``inherit`` wrote.
+def _hub_student(name: str) -> Student:
+    """Load a student from ``hf-hub:ORG/NAME`` by open_clip, without projections, which no repository has."""
+    config, what = student_config(name), f"student {name!r}"
+    with hub_within_reach(what):
+        return Student(_create(name, load_weights=True, what=what), config, int(config["embed_dim"])).eval()
+
+
+def load_initial(student: Student, init: str) -> None:
+    """Start a student from the weights of a checkpoint, of a folder that ``inherit`` wrote, or of ``hf-hub:ORG/NAME``.
 
     All weights of the model are replaced, except for a logit bias that the checkpoint does not have. The projections
     are replaced only if the teacher's width is the same: others belong to another teacher.
@@ -333,11 +347,14 @@ def load_initial(student: Student, folder: str) -> None:
         UsageError: there is no checkpoint, it cannot be used, or its architecture or its pixels' mean or std differ.
             The message names each field with both values.
     """
-    initial, _ = load_student(Path(folder))
+    if init.startswith(HUB):
+        initial, same = _hub_student(init), init
+    else:
+        initial, same = load_student(Path(init))[0], str(Path(init) / CHECKPOINT_CONFIG)
     if different := architecture_differences(initial, student, {"logit_bias"}):
         raise UsageError(
-            f"{folder}: a checkpoint of another student: {'; '.join(different)}. Train the same student, for example "
-            f"--student {Path(folder) / CHECKPOINT_CONFIG}, or choose another --init."
+            f"{init}: a checkpoint of another student: {'; '.join(different)}. Train the same student, for example "
+            f"--student {same}, or choose another --init."
         )
     weights = initial.model.state_dict()
     if student.logit_bias is None:
@@ -424,12 +441,12 @@ def _load_factors(model: nn.Module, rank: Any, folder: Path) -> None:
         )
 
 
-def _create(folder: str, load_weights: bool, what: str) -> nn.Module:
+def _create(source: str, load_weights: bool, what: str) -> nn.Module:
     # open_clip warns through the root logger about random weights, which a new student should have
     with foreign_model(what), quiet_root(logging.ERROR), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model: nn.Module = open_clip.create_model(
-            f"local-dir:{folder}",
+            source,
             load_weights=load_weights,
             require_pretrained=load_weights,
             weights_only=True,

@@ -26,9 +26,9 @@ from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED, PILLOW, require_decoder
 from teacher_cache.pipeline.data.tokens import tokenizer_identity
 from teacher_cache.pipeline.models.device import resolve_device
+from teacher_cache.pipeline.models.hub import hub_config, hub_within_reach
 from teacher_cache.pipeline.models.safe_loading import (
     foreign_model,
-    hub_within_reach,
     load_tokenizer,
     quiet_root,
     require_plain_files,
@@ -38,7 +38,7 @@ from teacher_cache.pipeline.models.text_length import can_shorten, encode_text, 
 from teacher_cache.pipeline.models.transformers_teacher import load_transformers
 from teacher_cache.pipeline.models.weights import digest_tensors
 from teacher_cache.pipeline.settings.base import Precision
-from teacher_cache.pipeline.settings.names import BUNDLED, TRANSFORMERS, check_teacher, teacher_folder
+from teacher_cache.pipeline.settings.names import BUNDLED, HUB, TRANSFORMERS, check_teacher, teacher_folder
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity, TokenizerIdentity
 from teacher_cache.storage.observe.logs import hint
@@ -252,7 +252,10 @@ def _load_open_clip(name: str, pretrained: str | None, what: str) -> tuple[torch
     path, schema = BUNDLED.get(name), name.partition(":")[0] if ":" in name else ""
     source = f"local-dir:{path}" if path else name
     quick_gelu = not schema and get_pretrained_cfg(name.replace("/", "-"), pretrained).get("quick_gelu", False)
-    architecture = open_clip.get_model_config(source if schema else source.replace("/", "-"))
+    if source.startswith(HUB):
+        architecture = hub_config(source, what)
+    else:
+        architecture = open_clip.get_model_config(source if schema else source.replace("/", "-"))
     require_plain_settings(architecture, what)
     if source.startswith("local-dir:"):
         require_plain_files(Path(source.removeprefix("local-dir:")), what)

@@ -59,7 +59,11 @@ Rounds = Annotated[
 ]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 StudentName = Annotated[
-    str, Field(description="Student: a shipped preset, an open_clip model name, or the path of an open_clip config.")
+    str,
+    Field(
+        description="Student: a shipped preset, an open_clip model name, hf-hub:ORG/NAME, or the path of an open_clip "
+        "config."
+    ),
 ]
 TeacherName = Annotated[
     str,

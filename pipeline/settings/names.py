@@ -18,6 +18,7 @@ from teacher_cache.storage.observe.safe_text import printable
 _PIPELINE = Path(__file__).parents[1]
 BUNDLED = {"bundled:scenes": _PIPELINE / "models" / "scenes_teacher"}
 CHECKPOINT_CONFIG = "open_clip_config.json"
+HUB = "hf-hub:"
 TRANSFORMERS = "transformers:"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _USUAL_TAGS = ("openai", "laion2b", "datacomp_xl", "webli", "dfn")
@@ -152,12 +153,12 @@ def _by_use(tag: str) -> int:
 
 
 def check_student(name: str) -> None:
-    """Check that a student is a preset, a model of open_clip or a file.
+    """Check that a student is a preset, a model of open_clip, a file or a name on a hub.
 
     Raises:
         UsageError: it is none of these. The message names the most similar ones.
     """
-    if name in presets() or (name.endswith(".json") and Path(name).is_file()):
+    if name in presets() or name.startswith(HUB) or (name.endswith(".json") and Path(name).is_file()):
         return
     if name.endswith(".json") or name not in open_clip_models():
         raise unknown_student(name)
@@ -174,8 +175,8 @@ def unknown_student(name: str) -> UsageError:
     hint = did_you_mean(name, [*shipped, *open_clip_models()])
     near = ", ".join(get_close_matches(name, shipped, n=len(shipped), cutoff=0))
     return UsageError(
-        f"{what} is not known.{hint} Presets are {near}; or give an open_clip model name, or the path of a model "
-        "config ending in .json"
+        f"{what} is not known.{hint} Presets are {near}; or give an open_clip model name, hf-hub:ORG/NAME, or the "
+        "path of a model config ending in .json"
     )
 
 

@@ -55,8 +55,8 @@ class TrainConfig(StageConfig):
     out: str = Field(description="Folder to write the run into.")
     init: str | None = Field(
         None,
-        description="Checkpoint, or folder of student inherit, to start from. The architecture must be the same. "
-        "Default: random weights.",
+        description="Checkpoint, folder of student inherit, or hf-hub:ORG/NAME whose weights to start from. The "
+        "architecture must be the same. Default: random weights.",
     )
     lock_image_unlocked_groups: int | None = Field(
         None,

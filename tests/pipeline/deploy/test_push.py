@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,12 +24,13 @@ from teacher_cache.pipeline.deploy.push import PushResult, push
 from teacher_cache.pipeline.deploy.record import Artefact, Deployment, DeploymentError
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.student import load_student, student_tokenizer
+from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.settings.deploy import PushConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
 from tests.hub_server import TOKEN, Hub, start_hub
 from tests.pipeline.deploy.deployed import deploy_tiny
-from tests.pipeline.train.train_work import make_cache, make_student, measure, train_config
+from tests.pipeline.train.train_work import make_cache, make_student, measure, trace, train_config
 
 # huggingface_hub hands httpx a file as data=
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -79,11 +81,23 @@ def deployed(trained: Path, exported: Path, tmp_path: Path) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def as_wide(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A student as wide as the teacher, which needs no projection, and a run of it."""
+    folder = tmp_path_factory.mktemp("as-wide")
+    student = make_student(folder / "student.json", embed_dim=16)
+    train(train_config(trained.parent / "photos.cache", student, folder / "run", epochs=1))
+    return student, folder / "run"
+
+
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with start_hub() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "".join((hub.address, *template[1:])))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the hub on loopback has LFS alone
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
@@ -206,3 +220,49 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
     with pytest.raises(UsageError, match="HF_HUB_OFFLINE is set"):
         pushed(trained)
     assert hub.files == {}
+
+
+def test_a_run_begins_with_what_was_pushed(trained: Path, as_wide: tuple[Path, Path], hub: Hub, tmp_path: Path) -> None:
+    """By name alone: --student gives the architecture, --init the weights; and again from the copy, without the hub."""
+    student, run = as_wide
+    pushed(run)
+    name, cache = f"hf-hub:{REPOSITORY}", trained.parent / "photos.cache"
+    train(train_config(cache, student, tmp_path / "local", epochs=1, init=str(RunFolder(run).checkpoint_path())))
+    for out in (tmp_path / "hub", tmp_path / "copy"):
+        words = ["train", "--cache", cache, "--student", name, "--init", name, "--out", out, "--device", "cpu"]
+        words += ["--epochs", 1, "--batch-size", 8, "--set", "workers=0"]
+        done = CliRunner().invoke(app, [*map(str, words)])
+        assert done.exit_code == 0, done.output
+        assert [step["loss"] for step in trace(out)] == [step["loss"] for step in trace(tmp_path / "local")]
+        record = RunFolder(out).read()
+        assert record.initial_weights_sha256 == RunFolder(tmp_path / "local").read().initial_weights_sha256
+        assert record.config.init == name
+        hub.refused["/resolve/"] = 503
+    assert load_teacher(name, device="cpu").embed_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/such", r"no/such on 127\.0\.0\.1:\d+ is not there, or is private\. Check the name, or log in by hf auth"),
+        ("some/data", r"some/data on .* has no open_clip_config\.json\. Name a repository that open_clip can load"),
+        ("a b", r"a b on .* is no name of a repository\. Write hf-hub:ORG/NAME"),
+        ("some/list", r"some/list on .* gives no open_clip_config\.json .* Try again, or name another"),
+        ("some/other", r"another student: embed_dim is 12 there and 16 in .* --student hf-hub:some/other"),
+        ("some/torn", r"student 'hf-hub:some/torn' cannot be loaded: Required pretrained weights"),
+    ],
+)
+def test_a_start_that_cannot_be_had_is_one_line_and_leaves_nothing(
+    trained: Path, as_wide: tuple[Path, Path], hub: Hub, tmp_path: Path, name: str, message: str
+) -> None:
+    config, weights = "open_clip_config.json", "open_clip_model.safetensors"
+    other, own = RunFolder(trained).checkpoint_path(), RunFolder(as_wide[1]).checkpoint_path()
+    hub.files |= {"some/data": {"data.csv": b""}, "some/list": {config: b"[]"}}
+    hub.files["some/other"] = {config: (other / config).read_bytes(), weights: (other / weights).read_bytes()}
+    hub.files["some/torn"] = {config: (own / config).read_bytes()}
+    words = ["train", "--cache", trained.parent / "photos.cache", "--student", as_wide[0], "--init", f"hf-hub:{name}"]
+    done = CliRunner().invoke(app, [*map(str, words), "--out", str(tmp_path / "run"), "--set", "workers=0"])
+    assert isinstance(done.exception, UsageError), done.output
+    assert re.search(message, str(done.exception))
+    assert "\n" not in str(done.exception)
+    assert not (tmp_path / "run").exists()

@@ -10,18 +10,18 @@ from collections.abc import Iterator
 import pytest
 from huggingface_hub import constants
 
-from teacher_cache.pipeline.models import safe_loading
-from teacher_cache.pipeline.models.safe_loading import hub_within_reach
+from teacher_cache.pipeline.models import hub as hub_module
+from teacher_cache.pipeline.models.hub import hub_within_reach
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.storage.errors import UsageError
 
-NO_COPY = "and there is no local copy. Offline: docs/howto/offline.md, or local-dir:PATH"
+NO_COPY = "and there is no local copy. Offline: docs/howto/offline.md, or name a local folder"
 
 
 @pytest.fixture(params=["refuses", "hangs"])
 def hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a hub that refuses connections, or accepts them and says nothing."""
-    monkeypatch.setattr(safe_loading, "_HUB_SECONDS", 0.3)
+    monkeypatch.setattr(hub_module, "_HUB_SECONDS", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
