@@ -56,7 +56,7 @@ class FaultProxy(ThreadingHTTPServer):
     """Forwards to a store, each request ``delay`` seconds later.
 
     ``requests`` lists what came; ``plan`` chooses a fault, or none, for each request. ``most_at_once`` is the largest
-    number of requests that waited for their answer at the same moment.
+    number of requests that waited for their answer at the same moment, ``bytes_sent`` the bytes of all answers.
     """
 
     daemon_threads = True
@@ -67,7 +67,7 @@ class FaultProxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.store = store
         self.delay = delay
-        self.waiting = self.most_at_once = 0
+        self.waiting = self.most_at_once = self.bytes_sent = 0
         self.requests: list[Request] = []
         self.injected: list[tuple[Request, Fault]] = []
         self.plan: Callable[[Request], Fault | None] = lambda request: None
@@ -91,7 +91,7 @@ class FaultProxy(ThreadingHTTPServer):
     def forget(self) -> None:
         """Count from here."""
         self.requests.clear()
-        self.most_at_once = 0
+        self.most_at_once = self.bytes_sent = 0
 
     def next_requests(self, *faults: Fault, method: str | None = None) -> None:
         """These faults, in order, to the next requests (of a method); then none."""
@@ -142,6 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         status, headers, data = self._waited(body)
+        with self.server.lock:
+            self.server.bytes_sent += len(data)
         if kind == "lose":
             self._reset()
             return

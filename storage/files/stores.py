@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from obstore.exceptions import BaseError
-from obstore.fsspec import FsspecStore
 from obstore.store import HTTPStore, MemoryStore, S3Store, from_url
 
 from teacher_cache.storage.errors import CacheAccessError, UsageError
@@ -246,33 +245,3 @@ def _first(pattern: re.Pattern[str], text: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return redact(str(error).partition("\n")[0])
-
-
-class _StoreFiles(FsspecStore):
-    """Files for fsspec, from the stores that caches use."""
-
-    def _construct_store(self, bucket: str) -> Any:
-        return open_store(f"{self.protocol}://{bucket}")
-
-    def _open(self, path: str, *arguments: Any, **settings: Any) -> Any:
-        # opened here first: obstore's file prints a traceback when it is dropped without its store
-        self._construct_store(self._split_path(path)[0])
-        return super()._open(path, *arguments, **settings)
-
-
-class S3Files(_StoreFiles):
-    """``s3://`` for fsspec."""
-
-    protocol = "s3"
-
-
-class GoogleFiles(_StoreFiles):
-    """``gs://`` for fsspec."""
-
-    protocol = "gs"
-
-
-class AzureFiles(_StoreFiles):
-    """``az://`` for fsspec."""
-
-    protocol = "az"

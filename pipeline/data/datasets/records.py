@@ -35,6 +35,7 @@ class Sample:
         captions: in published order, stripped of surrounding white space; may be empty.
         offset: first byte of the image inside ``uri`` (a member of a tar), -1 for the whole file.
         length: number of bytes from ``offset``, -1 for the whole file.
+        sha256: digest of the image's bytes, if they were read while listing.
     """
 
     sample_id: str
@@ -43,6 +44,7 @@ class Sample:
     captions: tuple[str, ...]
     offset: int = -1
     length: int = -1
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,13 @@ def _caption_problem(number: int, text: str, replaced: int) -> tuple[ProblemKind
 
 
 def sample_or_problem(
-    sample_id: str, uri: str, split: str, captions: Iterable[str] | None, offset: int = -1, length: int = -1
+    sample_id: str,
+    uri: str,
+    split: str,
+    captions: Iterable[str] | None,
+    offset: int = -1,
+    length: int = -1,
+    sha256: str = "",
 ) -> Iterator[Record]:
     """Yield the sample with its clean captions, or a problem: no caption, or a name that no cache can hold.
 
@@ -152,7 +160,7 @@ def sample_or_problem(
             return
     texts, problems = clean_captions(sample_id, captions or ())
     yield from problems
-    sample = Sample(sample_id, uri, split, texts, offset, length)
+    sample = Sample(sample_id, uri, split, texts, offset, length, sha256)
     if texts or captions is None:
         yield sample
     else:

@@ -40,7 +40,7 @@ fsspec.register_implementation("torchvision", "teacher_cache.pipeline.data.datas
 # tables and tars in object stores; imported on first use
 _STORES = {"s3": "S3Files", "gs": "GoogleFiles", "az": "AzureFiles"}
 for _scheme, _name in _STORES.items():
-    fsspec.register_implementation(_scheme, f"teacher_cache.storage.files.stores.{_name}", clobber=True)
+    fsspec.register_implementation(_scheme, f"teacher_cache.storage.files.opened.{_name}", clobber=True)
 MAX_IMAGE_BYTES = 512 * 1024 * 1024  # more than the largest decodable image takes uncompressed
 
 
@@ -188,6 +188,8 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
     source = ImageSource(data_folder(spec.root))
 
     def digest(sample: Sample) -> str | Problem:
+        if sample.sha256 and sample.length <= MAX_IMAGE_BYTES:
+            return sample.sha256
         try:
             data = source.read(sample.uri, sample.offset, sample.length)
         except FileNotFoundError:

@@ -21,6 +21,7 @@ nearest up to the root. ``?split=`` overrides it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -28,7 +29,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 import fsspec
 
@@ -86,6 +87,7 @@ class _Member:
 
     offset: int = -1  # of the image
     length: int = -1
+    sha256: str = ""
     texts: dict[str, list[str]] = field(default_factory=dict)  # captions or label, by ending
     others: list[str] = field(default_factory=list)  # endings that are neither image nor text
     passed_over: str = ""  # member with an image ending, but not at the first dot
@@ -110,6 +112,8 @@ class _Texts:
     """Keys of the texts in a JSON, by its ending."""
     beside: tuple[str, ...] = _IMAGE_ENDINGS
     """Endings of the member whose position is kept: the image, or the rows of DataCompDR."""
+    digests: bool = False
+    """Whether that member is digested: a distant tar is read whole anyway, in large requests."""
 
 
 def read(
@@ -156,7 +160,8 @@ def read(
             glued += txt == "whole" and any("\n" in text.strip() for text in member.texts.get("txt", ()))
             captions = next((own for own in texts if any(map(str.strip, own))), texts[0] if texts else [])
             captions = [*captions, *member.texts.get(SYNTHETIC, ())]
-            for record in sample_or_problem(sample_id, uri, tar_split, captions, member.offset, member.length):
+            position = member.offset, member.length, member.sha256
+            for record in sample_or_problem(sample_id, uri, tar_split, captions, *position):
                 if isinstance(record, Uncaptioned) and not member.texts:
                     record = replace(record, detail=record.detail + _instead(member.others))  # noqa: PLW2901
                 yield record
@@ -215,7 +220,7 @@ def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
             detail = f"{label_text} in KEY.cls beside the image; the number of its class is wanted"
             yield Problem("bad-record", sample_id, detail, lost_image=True), split, ""
             continue
-        for record in sample_or_problem(sample_id, uri, split, [label], member.offset, member.length):
+        for record in sample_or_problem(sample_id, uri, split, [label], member.offset, member.length, member.sha256):
             yield record, split, "" if isinstance(record, Problem) else str(int(label))
 
 
@@ -336,7 +341,7 @@ def _read_tar(tar: str, uri: str, members: dict[str, _Member], texts: _Texts) ->
     """Fill ``members`` from one tar. Members before a broken place stay."""
     try:
         with fsspec.open(tar, "rb") if "://" in tar else open_regular(tar) as file:
-            yield from _read_members(file, uri, members, texts)
+            yield from _read_members(file, uri, members, replace(texts, digests="://" in tar))
     except FileNotFoundError as error:
         yield Problem("broken-file", uri, f"{tar} does not exist{_reason_behind(error)}", lost_image=False)
     except Exception as error:  # fsspec and tarfile raise many types
@@ -435,6 +440,9 @@ def _add_member(
         return "duplicate-id", f"the key {printable(key)!r} has its {what} already; the first stays"
     if image:
         member.offset, member.length = entry.offset_data, entry.size
+        if texts.digests:
+            with cast(IO[bytes], archive.extractfile(entry)) as content:
+                member.sha256 = hashlib.file_digest(content, "sha256").hexdigest()
         return None
     if entry.size > _MOST_TEXT_BYTES:
         return "bad-record", f"{entry.size:,} bytes of text, the most is {_MOST_TEXT_BYTES:,}"
