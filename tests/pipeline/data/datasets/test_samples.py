@@ -59,7 +59,7 @@ def test_spec_that_cannot_be_read(text: str, message: str) -> None:
         ("coco", "splits, images"),
         ("karpathy", "images"),
         ("flickr", "captions, images"),
-        ("webdataset", "split, txt, ids, encoding, caption"),
+        ("webdataset", "split, txt, ids, encoding, caption, syn"),
         ("imagefolder", "templates, classes, split"),
         ("images", "txt, encoding"),
         ("table", "path, caption, split, id, encoding"),
