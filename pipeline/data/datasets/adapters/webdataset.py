@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import re
@@ -441,8 +442,8 @@ def _add_member(
     if image:
         member.offset, member.length = entry.offset_data, entry.size
         if texts.digests:
-            with cast(IO[bytes], archive.extractfile(entry)) as content:
-                member.sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+            with cast(io.BufferedReader, archive.extractfile(entry)) as picture:
+                member.sha256 = hashlib.file_digest(picture, "sha256").hexdigest()
         return None
     if entry.size > _MOST_TEXT_BYTES:
         return "bad-record", f"{entry.size:,} bytes of text, the most is {_MOST_TEXT_BYTES:,}"
