@@ -137,8 +137,13 @@ def plan_known_cache(
     dtype: Literal["float16", "int8"] = "float16",
     views: int = 1,
     sample_ids: Sequence[str] | None = None,
+    **fields: Any,
 ) -> CacheManifest:
-    """A planned cache: image ``i`` is ``img-i`` unless ids are given, its captions lie side by side, none encoded."""
+    """A planned cache: image ``i`` is ``img-i`` unless ids are given, its captions lie side by side, none encoded.
+
+    Args:
+        fields: further fields of the layout.
+    """
     image_row = np.sort(np.arange(captions) % images)
     tables = {
         SAMPLES: pa.table(
@@ -183,6 +188,7 @@ def plan_known_cache(
         text_chunk_rows=chunk_rows,
         batch_rows=2,
         embedding_dtype=targets.layout_dtype,
+        **fields,
     )
     source = Source(dataset="flickr:/nowhere", image_root="/nowhere")
     return plan_cache(str(path), identity, layout, source, tables, {"torch": "0"})

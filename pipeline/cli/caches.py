@@ -36,7 +36,7 @@ _NOT_MENDED = {"incomplete", "unknown-file", "unreadable"}
     "precompute",
     PrecomputeConfig,
     flags=(
-        *("dataset", "teacher", "pretrained", "cache", "reuse", "views", "dtype", "decoder"),
+        *("dataset", "teacher", "pretrained", "cache", "reuse", "views", "dtype", "compress", "decoder"),
         *("precision", "batch_size", "device", "executor", "workers", "max_problems"),
     ),
     example="precompute --dataset coco:data --teacher local-dir:teacher --cache coco.cache",
@@ -253,14 +253,15 @@ def _forecast(config: PrecomputeConfig, as_json: bool) -> None:
 def _forecast_lines(result: Forecast) -> list[str]:
     views = "" if result.views == 1 else f" in {result.views} views"
     room = "" if result.free_bytes is None else f"; {byte_size(result.free_bytes)} free"
+    packed = " before compression" if result.compress else ""
     committed = f", {result.committed_rows:,} of these rows are committed" if result.committed_rows else ""
     return [
         f"{result.teacher} on {result.device} in {result.precision}, {result.dataset}",
         f"rows       {counted(result.images, 'image')}{views} and {counted(result.captions, 'caption')} in "
         f"{counted(result.chunks, 'chunk')}{committed}",
         *([f"reuse      {result.reuse_line}"] if result.reuse_line else []),
-        f"bytes      {byte_size(result.target_bytes)} of embeddings, about {byte_size(result.table_bytes)} of tables"
-        f"{room}",
+        f"bytes      {byte_size(result.target_bytes)} of embeddings{packed}, about {byte_size(result.table_bytes)} of "
+        f"tables{room}",
         f"probe      {_probed(result)}",
         f"time       {duration(result.encode_seconds)} to encode on one {result.device}, after "
         f"{duration(result.check_seconds)} to check all files",

@@ -52,8 +52,8 @@ class TeacherRows:
 def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Progress | None = None) -> TeacherRows:
     """Read the rows of the cache. If it is missing or incomplete and a teacher is set, make or finish it first.
 
-    An incomplete cache is finished with the batch size, decoder and precision that it began with; ``batch_size`` is
-    ignored. A new one is made in fp32.
+    An incomplete cache is finished with the batch size, decoder, precision and compression that it began with;
+    ``batch_size`` is ignored. A new one is made in fp32.
 
     Raises:
         CacheNotFoundError, CacheIncompleteError: the cache is missing or incomplete, and no teacher is set.
@@ -68,8 +68,12 @@ def teacher_rows(config: ZeroShotConfig, dataset: LabelledDataset, progress: Pro
             raise
         begun: dict[str, Any] = {"batch_size": config.batch_size}
         if isinstance(error, CacheIncompleteError):
-            have = read_manifest(open_files(config.cache)).identity
-            begun = {"decoder": have.preprocess.decoder or PILLOW, "precision": have.teacher.precision}
+            have = read_manifest(open_files(config.cache))
+            begun = {
+                "decoder": have.identity.preprocess.decoder or PILLOW,
+                "precision": have.identity.teacher.precision,
+                "compress": have.layout.compressor is not None,
+            }
         shared = config.model_dump(include={"teacher", "pretrained", "cache", "device"})
         encoded = precompute(PrecomputeConfig(dataset=str(spec), **shared, **begun), progress).chunks_encoded > 0
         reader = EmbeddingReader(config.cache)

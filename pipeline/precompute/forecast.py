@@ -82,7 +82,8 @@ class Forecast(BaseModel, frozen=True):
     chunks: int
     image_chunk_rows: int
     text_chunk_rows: int
-    target_bytes: int = Field(description="Bytes of the embeddings.")
+    target_bytes: int = Field(description="Bytes of the embeddings, before compression.")
+    compress: bool = Field(False, description="True if they will be compressed.")
     table_bytes: int = Field(description="Estimated bytes of samples and captions.")
     there_bytes: int = Field(0, description="Bytes of embeddings and tables that the cache already has.")
     free_bytes: int | None = Field(description="Free bytes on the disk of the cache; None for a URL.")
@@ -173,6 +174,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         image_chunk_rows=layout.image_chunk_rows,
         text_chunk_rows=layout.text_chunk_rows,
         target_bytes=target_bytes(layout, all_chunks(layout)),
+        compress=config.compress,
         table_bytes=tables,
         # a manifest is written after its tables
         there_bytes=target_bytes(layout, committed) + (tables if settings.have is not None else 0),

@@ -130,6 +130,7 @@ class PlanSettings:
             batch_rows=config.batch_size or default_batch_rows(device),
             text_order="characters",
             embedding_dtype=self.targets.layout_dtype,
+            compressor="blosc" if config.compress else None,
         )
         if self.have is None:
             return fresh
@@ -462,7 +463,7 @@ def _reuse_command(config: PrecomputeConfig, manifest: CacheManifest, views: int
         "reuse": config.cache,
         "cache": "NEW",
     }
-    return command_line("precompute", **values)
+    return command_line("precompute", *(["--compress"] if config.compress else []), **values)
 
 
 def default_chunk_rows(rows: int) -> int:

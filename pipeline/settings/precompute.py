@@ -36,6 +36,11 @@ class PrecomputeConfig(StageConfig):
         description="Storage type of the embeddings: float16, or int8 at half the size. Part of the identity. "
         "Default: the existing cache's, else float16.",
     )
+    compress: bool = Field(
+        False,
+        description="Compress the arrays (Blosc, zstd): some percent fewer bytes, slower to read. Not part of the "
+        "identity. Default: off.",
+    )
     batch_size: int | None = Field(
         None,
         gt=0,

@@ -349,7 +349,8 @@ def _check_chunk(
             continue
         shape, dtype = stored_form(manifest.layout, ref.tower, name)
         try:
-            arrays[name] = decode_object(data, commit.objects[name], shape, dtype, key)
+            compressor = manifest.layout.compressor
+            arrays[name] = decode_object(data, commit.objects[name], shape, dtype, key, compressor)
         except CacheCorruptError as error:
             findings.append(_fault(key, error))
     if findings:

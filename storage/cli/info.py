@@ -109,7 +109,8 @@ def _info_table(cache_info: CacheInfo) -> Facts:
     identity, layout = cache_info.identity, cache_info.layout
     state = f"not complete. {cache_info.unfinished}" if cache_info.unfinished else "complete"
     splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in identity.dataset.splits.items())
-    teacher = identity.teacher
+    teacher, compressed = identity.teacher, layout.compressor is not None
+    unpacked = " before compression" if compressed and cache_info.seal is None else ""
     rows = {
         "state": f"{cache_info.chunks_committed:,} of {cache_info.chunks:,} chunks, {state}",
         "coverage": "\n".join(_coverage(part, layout.views) for part in cache_info.coverage),
@@ -119,11 +120,11 @@ def _info_table(cache_info: CacheInfo) -> Facts:
         "dataset": cache_info.dataset,
         "read from": "" if cache_info.dataset.endswith(f":{cache_info.image_root}") else cache_info.image_root,
         "rows": f"{layout.image_rows:,} images, {layout.text_rows:,} captions ({splits})",
-        "embeddings": f"{layout.embed_dim} wide, {identity.targets.dtype}",
+        "embeddings": f"{layout.embed_dim} wide, {identity.targets.dtype}{', compressed' * compressed}",
         "views": _views(identity.views),
         "seal": f"commits {cache_info.seal.commits_sha256[:12]}" if cache_info.seal else "",
         "chunks of": f"{layout.image_chunk_rows:,} images, {layout.text_chunk_rows:,} captions",
-        "size": f"{byte_size(cache_info.target_bytes)} of embeddings",
+        "size": f"{byte_size(cache_info.target_bytes)} of embeddings{unpacked}",
         "images in": _accounts(cache_info),
         "quarantine": _quarantine(cache_info),
         "problems": _problems(cache_info),

@@ -1,7 +1,8 @@
 """The Zarr side of a cache: array metadata made by zarr-python, chunk objects encoded and decoded here.
 
 A chunk object is encoded as by zarr's ``bytes`` (little endian) and ``crc32c`` codecs: the row-major bytes of the
-whole chunk, the last one padded, and four bytes of checksum. Encoding here makes each write atomic on every kind of
+whole chunk, the last one padded, and four bytes of checksum. In a compressed cache zarr's ``blosc`` comes between them,
+and the checksum is of the compressed bytes. Encoding here makes each write atomic on every kind of
 storage. It also checks each read against the commit record: a chunk swapped with its neighbour has a valid checksum
 of its own. A test checks that zarr-python reads the same values.
 """
@@ -9,7 +10,7 @@ of its own. A test checks that zarr-python reads the same values.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +68,7 @@ def _fill(dtype: np.dtype[Any]) -> float | int:
 def zarr_metadata(layout: Layout) -> dict[str, bytes]:
     """Return the ``zarr.json`` files of ``targets.zarr`` as zarr-python writes them, by key in the cache."""
     import zarr
-    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
     from zarr.storage import MemoryStore
 
     written: dict[str, Any] = {}
@@ -79,6 +80,7 @@ def zarr_metadata(layout: Layout) -> dict[str, bytes]:
             chunk = chunk_shape(layout, tower, name)
             views = (layout.views,) if tower == "image" else ()
             rows = layout.chunks(tower) if name == SCALE else layout.rows(tower)
+            blosc = BloscCodec(**_BLOSC, shuffle=_SHUFFLE, typesize=np.dtype(dtype).itemsize)
             group.create_array(
                 name,
                 shape=(rows, *views, *chunk[1:]),
@@ -86,7 +88,7 @@ def zarr_metadata(layout: Layout) -> dict[str, bytes]:
                 dtype=dtype,
                 fill_value=_fill(np.dtype(dtype)),  # zarr returns it for rows never written; 0 would train quietly
                 serializer=BytesCodec(endian="little"),
-                compressors=[Crc32cCodec()],
+                compressors=[Crc32cCodec()] if layout.compressor is None else [blosc, Crc32cCodec()],
                 dimension_names=_DIMENSIONS[tower, name],
                 attributes={"fields": list(VIEW_FIELDS)} if name == "view" else None,
             )
@@ -94,13 +96,24 @@ def zarr_metadata(layout: Layout) -> dict[str, bytes]:
     return {f"targets.zarr/{key}": buffer.to_bytes() for key, buffer in sorted(written.items())}
 
 
-def encode_object(values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[bytes, ObjectDigest]:
+def _blosc(dtype: np.dtype[Any]) -> Any:
+    """Return zarr's codec without its asynchronous interface."""
+    from numcodecs import blosc  # only where a cache is compressed
+
+    blosc.use_threads = False  # as zarr does: threads store the blocks in the order in which they finish
+    return blosc.Blosc(**_BLOSC, shuffle=getattr(blosc, _SHUFFLE.upper()), typesize=dtype.itemsize)
+
+
+def encode_object(
+    values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any], compressor: str | None = None
+) -> tuple[bytes, ObjectDigest]:
     """Return one chunk object and its digests.
 
     Args:
         values: rows of the chunk, at most ``shape[0]``. A short chunk is padded with the fill value, NaN or -128.
         shape: shape of the whole chunk.
         dtype: stored dtype.
+        compressor: ``Layout.compressor``.
 
     Raises:
         ValueError: the rows have another shape or dtype than the array. Nothing is cast silently.
@@ -112,26 +125,54 @@ def encode_object(values: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[
         padded[: len(values)] = values
         values = padded
     body = np.ascontiguousarray(values).tobytes()
+    if compressor is not None:
+        body = bytes(_blosc(dtype).encode(body))
     crc = crc32c(body)
     data = body + crc.to_bytes(CRC_BYTES, "little")
     return data, ObjectDigest(nbytes=len(data), crc32c=crc, sha256=hashlib.sha256(data).hexdigest())
 
 
 def decode_object(
-    data: bytes | memoryview, wanted: ObjectDigest, shape: tuple[int, ...], dtype: np.dtype[Any], where: str
+    data: bytes | memoryview,
+    wanted: ObjectDigest,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    where: str,
+    compressor: str | None = None,
 ) -> NDArray[Any]:
-    """Return the rows of a chunk object, with padding, as a read-only view of ``data``.
+    """Return the rows of a chunk object, with padding: read-only, and a view of ``data`` unless it is compressed.
+
+    Args:
+        compressor: ``Layout.compressor``.
 
     Raises:
-        CacheCorruptError: the bytes are not those that were committed (cut short, flipped, another chunk's).
+        CacheCorruptError: the bytes are not those that were committed (cut short, flipped, another chunk's), or they
+            do not decompress to such a chunk.
     """
     size = int(np.prod(shape)) * dtype.itemsize
-    if len(data) != wanted.nbytes or len(data) != size + CRC_BYTES:
+    end = size if compressor is None else wanted.nbytes - CRC_BYTES
+    if len(data) != wanted.nbytes or len(data) != end + CRC_BYTES:
         raise CacheCorruptError(f"{where}: {len(data)} bytes, {wanted.nbytes} were committed. {_REMEDY}")
     octets = np.frombuffer(data, np.uint8)
-    if crc32c(octets) != _CRC_RESIDUE or int.from_bytes(data[size:], "little") != wanted.crc32c:
-        prove_body(octets[:size], bytes(data[size:]), wanted, where)
-    return np.frombuffer(data, dtype, count=size // dtype.itemsize).reshape(shape)
+    if crc32c(octets) != _CRC_RESIDUE or int.from_bytes(data[end:], "little") != wanted.crc32c:
+        prove_body(octets[:end], bytes(data[end:]), wanted, where)
+    body = data if compressor is None else _decompressed(octets[:end], size, dtype, where)
+    return np.frombuffer(body, dtype, count=size // dtype.itemsize).reshape(shape)
+
+
+def _decompressed(stored: NDArray[np.uint8], size: int, dtype: np.dtype[Any], where: str) -> bytes:
+    header = bytes(stored[:16])
+    sizes = [int.from_bytes(header[at : at + 4], "little") for at in (4, 12)]
+    if sizes != [size, len(stored)]:  # numcodecs trusts the header, and would read behind the end
+        raise CacheCorruptError(
+            f"{where}: does not decompress: {sizes[1]} bytes to {sizes[0]} by its header, {len(stored)} to {size} "
+            f"expected. {_REMEDY}"
+        )
+    try:
+        body: bytes = _blosc(dtype).decode(stored)
+    except RuntimeError as error:
+        raise CacheCorruptError(f"{where}: does not decompress: {error}. {_REMEDY}") from error
+    return body
 
 
 def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: str, look_for_nan: bool = False) -> bool:
@@ -162,5 +203,9 @@ def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: s
     return has
 
 
+# one setting for all caches: a chunk that is encoded again gets the same bytes. Blocks of 1 MiB save half as much again
+# as the default of 32 KiB; higher levels save no more (benchmarks/compression.md)
+_BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "blocksize": 1 << 20}
+_SHUFFLE: Final = "bitshuffle"
 _PROVEN_AT_ONCE = 1 << 20  # bytes: a block that stays in the CPU cache for checksum and NaN
 _REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to encode those chunks anew."

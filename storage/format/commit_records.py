@@ -56,6 +56,11 @@ class CommitRecords(Mapping[ChunkRef, ChunkCommit]):
         commits = in_parallel(files, partial(read_commit, files, self._manifest), refs)
         return commits_sha256(self._add(commit) for commit in commits if commit is not None)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all objects."""
+        return sum(int(table["nbytes"].sum()) for table in self._tables.values())
+
     def digest(self, ref: ChunkRef, array: str) -> ObjectDigest:
         """Return the digests of one object of a chunk.
 

@@ -84,7 +84,7 @@ class ObjectDigest(BaseModel, frozen=True, extra="forbid"):
     """Size and digests of one Zarr object."""
 
     nbytes: int = Field(gt=0, lt=2**63)
-    crc32c: int = Field(ge=0, lt=2**32, description="Checksum of the array's bytes, equal to the object's last four.")
+    crc32c: int = Field(ge=0, lt=2**32, description="Checksum of all but the object's last four bytes, which are it.")
     sha256: _Sha256 = Field(description="Digest of the whole object.")
 
 
@@ -199,7 +199,10 @@ def commits_sha256(commits: Iterable[ChunkCommit]) -> str:
 
 
 def target_bytes(layout: Layout, refs: Iterable[ChunkRef]) -> int:
-    """Return the total bytes of the objects of chunks. All chunks of a tower have one size: the last one is padded."""
+    """Return the total bytes of the objects of chunks, before compression.
+
+    All chunks of a tower have one size: the last one is padded.
+    """
     counts = Counter(ref.tower for ref in refs)
     return sum(count * _chunk_bytes(layout, tower) for tower, count in counts.items())
 

@@ -56,6 +56,9 @@ class Layout(Record):
     embedding_dtype: Literal["int8"] | None = Field(
         None, description="Storage type of the embeddings, if not float16. Each chunk then has an object of scales."
     )
+    compressor: Literal["blosc"] | None = Field(
+        None, description="Codec of all arrays between zarr's bytes and crc32c: blosc of bitshuffle and zstd, or none."
+    )
 
     def rows(self, tower: Literal["image", "text"]) -> int:
         """Return the number of rows of a tower."""

@@ -50,6 +50,7 @@ class Seal(Record):
     images_encoded: int = Field(description="Images with an embedding in every view.")
     images_quarantined: int = Field(description="Images without an embedding in some view, each counted once.")
     captions_encoded: int
+    stored_bytes: int | None = Field(None, description="Bytes of all chunk objects, of a compressed cache.")
 
 
 class CacheManifest(Record):
@@ -112,6 +113,11 @@ class CacheManifest(Record):
     def sealed(self) -> bool:
         """True once the cache is complete and its bytes are fixed."""
         return self.seal is not None
+
+    @property
+    def stored_bytes(self) -> int | None:
+        """Bytes of all chunk objects of a compressed cache; None of others, and until the seal."""
+        return self.seal.stored_bytes if self.seal else None
 
     def require_split(self, split: str, location: str) -> None:
         """Check that the dataset has a split.

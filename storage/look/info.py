@@ -105,7 +105,9 @@ class CacheInfo(BaseModel, frozen=True):
     quarantined_rows: tuple[QuarantinedRow, ...] = Field(description="First quarantined rows.")
     lost_images: int
     problems: dict[str, int] = Field(description="Problems met while the dataset was read, by kind.")
-    target_bytes: int = Field(description="Bytes of all chunk objects when complete.")
+    target_bytes: int = Field(
+        description="Bytes of all chunk objects when complete; before compression, if that is not known yet."
+    )
     encode_seconds: float = Field(description="Sum over the committed chunks' journal notes.")
     notes: int = Field(description="Notes in the journal.")
     notes_read: int = Field(description="Notes that were read; the seconds are scaled up from them.")
@@ -150,7 +152,7 @@ def describe_cache(location: str) -> CacheInfo:
         quarantined_rows=tuple((rows or {}).values())[:_ROWS_NAMED],
         lost_images=manifest.lost_images,
         problems=manifest.problems,
-        target_bytes=target_bytes(manifest.layout, refs),
+        target_bytes=manifest.stored_bytes or target_bytes(manifest.layout, refs),
         encode_seconds=sum(cost.seconds for cost in costs.values()),
         notes=sum(cost.notes for cost in costs.values()),
         notes_read=sum(cost.notes_read for cost in costs.values()),

@@ -125,7 +125,7 @@ def _cache_at(files: CacheFiles, folder: str) -> ListedCache | None:
         sealed=manifest.sealed,
         chunks=len(refs),
         chunks_committed=len(committed),
-        committed_bytes=target_bytes(layout, committed),
+        committed_bytes=manifest.stored_bytes or target_bytes(layout, committed),
         modified=files.stat(key).modified,
     )
 

@@ -143,7 +143,8 @@ class ChunkSource:
             raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
         except OSError as error:
             raise read_error(where, error) from error
-        values = decode_object(data, self.digest(ref, array), *stored_form(self.layout, ref.tower, array), where)
+        shape, dtype = stored_form(self.layout, ref.tower, array)
+        values = decode_object(data, self.digest(ref, array), shape, dtype, where, self.layout.compressor)
         self.count(len(data))
         if (ref, array) not in self._proven:
             self._note_proven(ref, array, values, has_nan(values))

@@ -1,6 +1,7 @@
 """Chunks that a stream has in memory, in one region, so that one call gathers rows of many chunks.
 
-Files of a local cache are mapped (:class:`MappedChunks`); other chunks are copied (:class:`CopiedChunks`).
+Files of a local cache are mapped (:class:`MappedChunks`); other chunks, and compressed ones, are copied
+(:class:`CopiedChunks`).
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class StreamChunks:
 
 
 class CopiedChunks(StreamChunks):
-    """Chunks of a store, or of files that cannot be mapped, copied into the region.
+    """Chunks of a store, or of files that cannot be mapped or are compressed, copied into the region.
 
     A chunk is copied to the place that was freed last, since new memory costs more than the copy. The source also
     keeps chunks of a store in memory.
@@ -297,7 +298,8 @@ def open_chunks(source: ChunkSource, tower: Tower, array: str, prove_every_read:
     """Return the chunks of an array for one stream."""
     # popped, so that a concurrent stream of this array gets its own region
     memory = source.mapped.pop((tower, array), None) or _new_array(source, tower, array)
-    if memory.region.maps_files and isinstance(source.files, LocalFiles):
+    mappable = isinstance(source.files, LocalFiles) and source.layout.compressor is None
+    if memory.region.maps_files and mappable:
         return MappedChunks(source, tower, array, memory, prove_every_read)
     return CopiedChunks(source, tower, array, memory)
 

@@ -94,6 +94,12 @@ def require_same_plan(manifest: CacheManifest, identity: CacheIdentity, layout: 
         identity = identity.model_copy(update={"views": views})
         layout = layout.model_copy(update={"views": planned.views})
     manifest.identity.require(identity, location)
+    if planned.compressor != layout.compressor:
+        has, asked, same = ("", "not ", "true") if planned.compressor else ("not ", "", "false")
+        raise CacheMismatchError(
+            f"{location}: chunks are {has}compressed in the cache, {asked}compressed asked for. Set compress to "
+            f"{same}; or make a new cache at another path, which can reuse the rows of this one once it is finished."
+        )
     if planned != layout:
         raise CacheMismatchError(
             f"{location}: chunks of {planned.image_chunk_rows} images and {planned.text_chunk_rows} captions in "

@@ -91,7 +91,7 @@ class EmbeddingWriter:
                 return False
             for name, key in ref.object_keys(layout).items():
                 data, (shape, dtype) = self.files.read(key), stored_form(layout, ref.tower, name)
-                decode_object(data, commit.objects[name], shape, dtype, key)
+                decode_object(data, commit.objects[name], shape, dtype, key, layout.compressor)
         except (CacheCorruptError, FileNotFoundError):
             return False
         return True
@@ -126,7 +126,10 @@ class EmbeddingWriter:
         if SCALE in stored and SCALE not in arrays:
             embedding, scale = quantize(arrays["embedding"])
             arrays = {**arrays, "embedding": embedding, SCALE: scale}
-        encoded = {name: encode_object(arrays[name], *stored_form(layout, ref.tower, name)) for name in stored}
+        encoded = {
+            name: encode_object(arrays[name], *stored_form(layout, ref.tower, name), layout.compressor)
+            for name in stored
+        }
         started = time.perf_counter()
         # in any order, but all of them before the commit
         keys = ref.object_keys(layout)
@@ -190,5 +193,6 @@ class EmbeddingWriter:
             images_encoded=layout.image_rows - lost,
             images_quarantined=lost,
             captions_encoded=layout.text_rows,
+            stored_bytes=None if layout.compressor is None else records.stored_bytes,
         )
         return self.manifest.model_copy(update={"seal": seal})

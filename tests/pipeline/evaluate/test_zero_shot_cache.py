@@ -175,6 +175,14 @@ def test_batches_of_the_asked_size_unless_the_cache_has_begun_with_another(
     assert not measure(batch_size=5).teacher_ran
 
 
+def test_a_compressed_cache_that_has_begun_is_finished_as_one(
+    measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(measure, monkeypatch, {"compress": True})
+    assert measure().teacher_ran
+    assert read_manifest(open_files(str(tmp_path / "c"))).layout.compressor == "blosc"
+
+
 def test_a_cache_that_was_begun_with_another_decoder_is_finished_with_it(
     measure: Measure, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

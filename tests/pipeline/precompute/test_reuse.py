@@ -17,6 +17,7 @@ from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.forecast import forecast
 from teacher_cache.pipeline.precompute.import_folder import import_rows
 from teacher_cache.pipeline.precompute.plan import plan_precompute
+from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.reuse import CachedRows, count_known
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import ImportConfig, PrecomputeConfig
@@ -294,6 +295,37 @@ def test_broken_off_it_goes_on_to_the_same_bytes(home: Path, tmp_path: Path, mon
     again = precompute(asked)
     assert 0 < again.chunks_encoded < again.chunks
     assert again.manifest_digest == whole.manifest_digest
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_compressed_copy_and_a_raw_copy_of_it_have_the_same_rows(home: Path, tmp_path: Path, dtype: str) -> None:
+    """And the second one the very bytes of the first cache."""
+    raw, packed, back = tmp_path / "raw", tmp_path / "packed", tmp_path / "back"
+    how: dict[str, Any] = {"dtype": dtype, "chunk_rows": 16}
+    precompute(settings(home, "before", str(raw), **how))
+    asked = settings(home, "before", str(packed), **how, compress=True, reuse=str(raw))
+    made, again = forecast(asked, probe=4), precompute(asked)
+    assert made.rows_reused == again.rows_reused
+    assert min(again.rows_reused.values()) > 0
+    precompute(settings(home, "before", str(back), **how, reuse=str(packed)))
+    assert rows_by_content(packed) == rows_by_content(raw)
+    assert cache_digest(back) == cache_digest(raw)
+
+    whole = cache_digest(packed)
+    damaged = packed / "targets.zarr/text/embedding/c/0/0"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    assert not verify_cache(str(packed)).ok
+    assert repair(str(packed), teacher=asked.teacher, device="cpu").ok
+    assert cache_digest(packed) == whole
+
+
+def test_a_run_that_wants_another_compression_is_refused_with_what_to_do(home: Path, tmp_path: Path) -> None:
+    asked = settings(home, "before", str(home / "before.cache"), compress=True)
+    for refuses in (precompute, forecast):
+        with pytest.raises(CacheMismatchError, match=r"not compressed in the cache, .* Set compress to false; or make"):
+            refuses(asked)
 
 
 def test_rows_of_another_decoder_are_refused_with_the_flag_that_has_them(home: Path, tmp_path: Path) -> None:

@@ -27,8 +27,10 @@ IMAGES, CHUNK_ROWS, WINDOW = 2000, 256, 3  # chunks of 256 x 8 float16 are one p
 CHUNKS = 8
 
 
-def fill_known_cache(location: str, chunk_rows: int, dtype: Literal["float16", "int8"] = "float16") -> str:
-    plan_known_cache(location, images=IMAGES, captions=IMAGES, chunk_rows=chunk_rows, dtype=dtype)
+def fill_known_cache(
+    location: str, chunk_rows: int, dtype: Literal["float16", "int8"] = "float16", **fields: Any
+) -> str:
+    plan_known_cache(location, IMAGES, IMAGES, chunk_rows, dtype=dtype, **fields)
     finish_known_cache(location, lost=[chunk_rows + 2])
     return location
 
