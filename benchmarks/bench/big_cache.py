@@ -33,7 +33,13 @@ _THREADS = 2
 
 
 def big_cache(
-    folder: Path | str, rows: int, width: int = 512, chunk_rows: int = 4096, captions: int | None = None
+    folder: Path | str,
+    rows: int,
+    width: int = 512,
+    chunk_rows: int = 4096,
+    captions: int | None = None,
+    block: NDArray[np.float16] | None = None,
+    **fields: Any,
 ) -> str:
     """A sealed cache of ``rows`` images of one view, below ``folder``; one that is there already is taken.
 
@@ -44,6 +50,8 @@ def big_cache(
         folder: a folder, or a URL.
         width: of the embeddings, float16.
         captions: of the text tower, spread evenly over the images; one for each image if left out.
+        block: (chunk_rows, width) unit rows that each chunk has, its columns in another order; noise if left out.
+        fields: further fields of the layout. Caches of other fields or blocks need other folders.
 
     Returns:
         Where the cache is.
@@ -58,25 +66,32 @@ def big_cache(
         image_chunk_rows=chunk_rows,
         text_chunk_rows=chunk_rows,
         batch_rows=256,
+        **fields,
     )
+    if layout.embedding_dtype is not None:
+        identity = identity.model_copy(update={"targets": TargetsIdentity(dtype=layout.embedding_dtype)})
     source = Source(dataset="noise:/nowhere", image_root="/nowhere")
     manifest = plan_cache(location, identity, layout, source, _tables(rows, captions), {"torch": "0"})
     if not manifest.sealed:
-        _write(location)
+        _write(location, _noise(layout) if block is None else block)
     return location
 
 
-def _embeddings(refs: list[ChunkRef], layout: Layout) -> Iterator[NDArray[np.float16]]:
-    # noise is the slow part: one block of it serves all chunks, its columns in another order for each
+def _noise(layout: Layout) -> NDArray[np.float16]:
     size, width = max(layout.image_chunk_rows, layout.text_chunk_rows), layout.embed_dim
     values = np.random.default_rng(width).standard_normal((size, width), np.float32)
-    block = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
+    rows: NDArray[np.float16] = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
+    return rows
+
+
+def _embeddings(refs: list[ChunkRef], layout: Layout, block: NDArray[np.float16]) -> Iterator[NDArray[np.float16]]:
+    # noise is the slow part: one block of it serves all chunks, its columns in another order for each
     for ref in refs:
-        columns = np.random.default_rng([ref.tower == "text", ref.view, ref.chunk]).permutation(width)
+        columns = np.random.default_rng([ref.tower == "text", ref.view, ref.chunk]).permutation(layout.embed_dim)
         yield np.ascontiguousarray(block[: len(ref.rows(layout)), columns])
 
 
-def _write(location: str) -> None:
+def _write(location: str, block: NDArray[np.float16]) -> None:
     writer = EmbeddingWriter(location)
     layout = writer.manifest.layout
     refs = [ref for ref in all_chunks(layout) if not writer.is_committed(ref)]
@@ -87,7 +102,7 @@ def _write(location: str) -> None:
             arrays["view"] = np.tile(np.array([0, 0, 224, 224, 0], np.float32), (len(embedding), 1))
         writer.write(ref, arrays)
 
-    embeddings = _embeddings(refs, layout)
+    embeddings = _embeddings(refs, layout, block)
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(refs), 2 * _THREADS):  # so few chunks are in memory at a time
             some = refs[start : start + 2 * _THREADS]
