@@ -36,11 +36,7 @@ class PrecomputeConfig(StageConfig):
         description="Storage type of the embeddings: float16, or int8 at half the size. Part of the identity. "
         "Default: the existing cache's, else float16.",
     )
-    compress: bool = Field(
-        False,
-        description="Compress the arrays (Blosc, zstd): some percent fewer bytes, slower to read. Not part of the "
-        "identity. Default: off.",
-    )
+    compress: bool = Field(False, description="Compressed arrays: fewer bytes, slower to read. Default: off.")
     batch_size: int | None = Field(
         None,
         gt=0,
@@ -86,7 +82,7 @@ class PrecomputeConfig(StageConfig):
         "local", description="Executor: local (this process), ray (a cluster, or this machine) or ray://HOST:PORT."
     )
     workers: int | None = Field(
-        None, gt=0, description="Maximum number of workers. Default: as many as the cluster has room for."
+        None, gt=0, description="Maximum number of workers. Default: as many as there is room for."
     )
 
     @field_validator("max_problems", mode="before")

@@ -19,6 +19,7 @@ from teacher_cache.storage.files.remote import RetryPolicy
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import finish_known_cache, known_row, make_known_cache
 from tests.fault_proxy import Fault, FaultProxy
+from tests.storage.read.test_stream import fill_known_cache
 from tests.storage.write.test_workers import EXPECTED, Rows
 
 pytestmark = pytest.mark.service
@@ -43,6 +44,14 @@ def test_a_cache_on_s3_equals_the_one_in_a_folder(s3_cache: str, known_cache: Pa
     report, local = verify_cache(s3_cache), verify_cache(str(known_cache))
     assert report.ok, report.findings
     assert report == local.model_copy(update={"location": s3_cache})
+
+
+def test_a_compressed_cache_on_s3_gives_its_rows(s3_location: str) -> None:
+    reader = EmbeddingReader(fill_known_cache(s3_location, 512, compressor="blosc"))
+    rows = np.random.default_rng(0).permutation(reader.image_rows())
+    streamed = np.concatenate(list(reader.stream("image", np.array_split(rows, 20))))
+    np.testing.assert_array_equal(streamed, [known_row("image", row) for row in rows])
+    assert verify_cache(s3_location).ok
 
 
 def test_a_bad_network_changes_nothing(proxy: FaultProxy, known_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
