@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 
 TOKEN = "hf_testing"
@@ -29,7 +30,7 @@ class Hub:
     """Status by the part of a path: requests to it are refused."""
     private: dict[str, bool] = field(default_factory=dict)
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    """Content by repository and file: what the commits made."""
+    """Content by repository and file: what the commits made. A dataset's name begins with ``datasets/``."""
     objects: dict[str, bytes] = field(default_factory=dict)
     commits: list[list[str]] = field(default_factory=list)
     """Keys and paths of each commit's lines."""
@@ -99,13 +100,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"url": f"{self.hub.address}/{name}"}, status)
 
     def info(self, _: bytes, repository: str) -> None:
+        if repository not in self.hub.files:
+            return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         siblings = [{"rfilename": name} for name in self.hub.files[repository]]
         private = self.hub.private[repository]
-        self.answer({"id": repository, "private": private, "sha": self.hub.head, "siblings": siblings})
+        return self.answer({"id": repository, "private": private, "sha": self.hub.head, "siblings": siblings})
 
-    def tree(self, _: bytes, repository: str) -> None:
-        files = self.hub.files[repository].items()
-        self.answer([{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files])
+    def tree(self, _: bytes, repository: str, folder: str | None) -> None:
+        """List files and folders below a folder, or only those directly in it, as the query asks."""
+        prefix = f"{folder}/" if folder else ""
+        files = {name: data for name, data in self.hub.files[repository].items() if name.startswith(prefix)}
+        above = {str(parent) for name in files for parent in PurePosixPath(name).parents} - {"."}
+        listed = [{"type": "directory", "path": name} for name in sorted(above) if name.startswith(prefix)]
+        listed += [{"type": "file", "path": name, "size": len(data)} for name, data in files.items()]
+        if "recursive=false" in self.path.lower():
+            listed = [each for each in listed if "/" not in each["path"].removeprefix(prefix)]
+        if folder and not files:
+            return self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+        return self.answer([{**each, "oid": "0" * 40} for each in listed])
 
     def preupload(self, body: bytes, repository: str) -> None:
         names = [file["path"] for file in json.loads(body)["files"]]
@@ -134,19 +146,22 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             missing = "Entry" if repository in self.hub.files else "Repo"
             return self.answer({"error": f"{missing} not found"}, 404, X_Error_Code=f"{missing}NotFound")
-        return self.answer(data, X_Repo_Commit=self.hub.head, ETag=f'"{hashlib.sha256(data).hexdigest()}"')
+        named = {"X_Repo_Commit": self.hub.head, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            return self.answer(data[int(part[1]) : int(part[2]) + 1], 206, **named)
+        return self.answer(data, **named)
 
     routes = (
         (r"(?:HEAD|GET) /", lambda self, _: self.answer()),
         (r"POST /api/repos/create", create),
         (r"POST /api/validate-yaml", lambda self, _: self.answer({})),
-        (r"GET /api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", info),
-        (r"GET /api/models/([^/]+/[^/]+)/tree/[^/]+", tree),
+        (r"GET /api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)(?:/revision/[^/]+)?", info),
+        (r"GET /api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)/tree/[^/]+(?:/(.+))?", tree),
         (r"POST /api/models/([^/]+/[^/]+)/preupload/main", preupload),
         (r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch", batch),
         (r"PUT /objects/(\w+)", store),
         (r"POST /api/models/([^/]+/[^/]+)/commit/main", commit),
-        (r"(?:HEAD|GET) /([^/]+/[^/]+)/resolve/[^/]+/(.+)", resolve),
+        (r"(?:HEAD|GET) /((?:datasets/)?[^/]+/[^/]+)/resolve/[^/]+/(.+)", resolve),
     )
 
 

@@ -39,12 +39,15 @@ _TRANSIENT_NAMES = {
     "urllib3": {"TimeoutError", "ProtocolError", "NewConnectionError"},
     "requests": {"ConnectionError", "Timeout", "ChunkedEncodingError"},
     "httpx": {"TransportError"},
+    "httpx2": {"TransportError"},  # of huggingface_hub
 }
 # subclasses of the above for a wrong address or certificate
 _PERMANENT_NAMES = {
     "aiohttp": {"ClientSSLError", "InvalidURL"},
     "requests": {"SSLError"},
+    "huggingface_hub": {"OfflineModeIsEnabled"},
     "httpx": {"UnsupportedProtocol", "ProxyError"},
+    "httpx2": {"UnsupportedProtocol", "ProxyError"},
 }
 
 

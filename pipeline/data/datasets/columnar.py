@@ -33,11 +33,19 @@ def columnar_files(root: str) -> list[str] | None:
     """Return the Parquet and Arrow files of a table, sorted; None if it is a text.
 
     Args:
-        root: a file, or a folder with such files in and below it. A folder may be a URL, also ``hf://datasets/...``.
+        root: a file, a pattern with ``*``, or a folder with such files in and below it. Each may be a URL, also
+            ``hf://datasets/ORG/NAME``.
 
     Raises:
+        FileNotFoundError: no file has such a name.
         ImportError, OSError, ValueError: a folder behind a URL cannot be listed.
     """
+    if is_columnar(root) and "*" in root:
+        system, pattern = fsspec.core.url_to_fs(root)
+        names = sorted(map(str, system.glob(pattern)))
+        if not names:
+            raise FileNotFoundError("no file has such a name")
+        return [system.unstrip_protocol(name) if "://" in root else name for name in names]
     if is_columnar(root):
         return [root if "://" in root else str(Path(root).parent.resolve() / Path(root).name)]
     path = Path(root)

@@ -39,6 +39,7 @@ from teacher_cache.pipeline.data.datasets.files import (
     as_text,
     data_folder,
     is_columnar,
+    is_pattern,
     open_regular,
     require_there,
     require_utf8,
@@ -76,8 +77,8 @@ def read(
     """Read the samples of one table.
 
     Args:
-        root: the table, a local file or a URL; or a folder of Parquet and Arrow files. Other files are text with a
-            header.
+        root: the table, a local file or a URL; or Parquet and Arrow files, by a folder or a pattern with ``*``. Other
+            files are text with a header.
         path: column of paths, URLs or pictures.
         caption: column of captions. Empty (``?caption=``): the images are to have none.
         split: column of splits; an empty cell takes the image's split from another row. Without the column a split is
@@ -166,7 +167,7 @@ def _rows(root: str, options: Mapping[str, str | None], encoding: str) -> Iterat
     folder = data_folder(root)
     for path in files:
         uri = path.removeprefix(f"{folder.rstrip('/')}/")
-        its_split = "" if is_columnar(root) else split_in_name(uri, folder)
+        its_split = "" if is_columnar(root) and not is_pattern(root) else split_in_name(uri, folder)
         with _open(path) as file:
             for row in columnar_rows(file, path, uri, options):
                 yield replace(row, values={"split": its_split, **row.values}) if its_split else row

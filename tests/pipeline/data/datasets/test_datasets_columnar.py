@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfFileSystem, constants
 
 from teacher_cache import Cache, PrecomputeConfig, precompute, train
 from teacher_cache.pipeline.data.datasets import parquet_cells
@@ -21,7 +23,8 @@ from teacher_cache.pipeline.data.datasets.records import Sample
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.storage.errors import UsageError
-from tests.pipeline.data.dataset_files import read, save_image
+from tests.hub_server import Hub, start_hub
+from tests.pipeline.data.dataset_files import load, read, save_image
 from tests.pipeline.train.train_work import make_student, trace, train_config
 
 COUNT = 12
@@ -250,3 +253,50 @@ def test_the_digest_is_of_the_bytes_in_the_cell(pictures: Path, tmp_path: Path) 
     assert not parquet_cells.in_cell("a/b.parquet")
     sample = Sample("a", "x.parquet#image.bytes/0", "", ())
     assert ImageSource(str(tmp_path)).resolve(sample.uri) == f"{tmp_path}/x.parquet#image.bytes/0"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on loopback, in place of Hugging Face's."""
+    with start_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "".join((hub.address, *template[1:])))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        HfFileSystem.clear_instance_cache()
+        yield hub
+    HfFileSystem.clear_instance_cache()
+
+
+def test_a_dataset_on_the_hub_is_named_by_folder_file_or_pattern(pictures: Path, tmp_path: Path, hub: Hub) -> None:
+    for split, part in (("train", rows(pictures)[3:]), ("test", rows(pictures)[:3])):
+        pq.write_table(pa.Table.from_pylist(part), tmp_path / f"{split}-00000-of-00001.parquet")
+    files = {f"data/{path.name}": path.read_bytes() for path in tmp_path.glob("*.parquet")}
+    hub.files["datasets/org/pictures"] = {"README.md": b"-", **files}
+    hub.private["datasets/org/pictures"] = False
+    wanted = [path.read_bytes() for path in sorted(pictures.glob("*.png"))]
+    root = "hf://datasets/org/pictures"
+    for name in (root, f"{root}/data/*.parquet"):
+        found = load(f"table:{name}")
+        source = ImageSource(found.root)
+        assert [source.read(sample.uri) for sample in found.samples] == wanted
+        assert [sample.split for sample in found.samples] == ["test"] * 3 + ["train"] * 9
+    assert len(load(f"table:{root}/data/test-00000-of-00001.parquet").samples) == 3
+    # a pattern names files on a disk, too
+    assert len(load(f"table:{tmp_path}/*.parquet").samples) == COUNT
+    for name, reason in ((f"{root}/*.parquet", "no file has such a name"), ("hf://datasets/org/no", "not found")):
+        with pytest.raises(UsageError, match=rf"no table there that can be read \(FileNotFoundError: .*{reason}"):
+            read("table", name)
+
+
+@pytest.mark.parametrize(("offline", "error"), [(True, UsageError), (False, ConnectionError)])
+def test_a_hub_that_is_not_reached_is_an_error_of_one_line(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tiny_teacher: Path, tmp_path: Path, offline: bool, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    config = {"dataset": "table:hf://datasets/org/pictures", "teacher": f"local-dir:{tiny_teacher}", "device": "cpu"}
+    with pytest.raises(error, match=r"hf://datasets/org/pictures: .*(offline mode|Connection refused)") as raised:
+        precompute(PrecomputeConfig(cache=str(tmp_path / "cache"), **config))
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
