@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
 import click
 from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.cli.options import settings_command
-from teacher_cache.pipeline.deploy.record import require_packages
+from teacher_cache.pipeline.deploy.record import Variant, require_packages
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.storage.cli.app import Argument, command, json_flag, option, print_result
 from teacher_cache.storage.cli.tables import Part, Table
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @json_flag
 def deploy(config: DeployConfig, as_json: bool) -> None:
     """Prove every file before it is shipped."""
-    require_packages()
+    require_packages(*(("openvino",) if config.openvino else ()))
     from teacher_cache.pipeline.deploy.run import deploy as run
 
     with StageProgress() as progress:
@@ -76,7 +76,7 @@ class Inference(BaseModel):
 )
 @option("--text", "Text to compare the images with. Give several.", multiple=True, required=True)
 @option("--student", "Folder of a deployed student.", required=True)
-@option("--variant", "Weights of the student.", "fp32", type=click.Choice(["fp32", "int8"]))
+@option("--variant", "Weights of the student.", "fp32", type=click.Choice(get_args(Variant)))
 @option(
     "--logit-scale",
     "Multiplier of the cosines; 100 for CLIP's own models. Default: the student's.",
@@ -88,7 +88,7 @@ def infer(
     images: tuple[str, ...],
     text: tuple[str, ...],
     student: str,
-    variant: Literal["fp32", "int8"],
+    variant: Variant,
     logit_scale: float | None,
     as_json: bool,
 ) -> None:

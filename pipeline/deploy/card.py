@@ -12,7 +12,7 @@ from teacher_cache.pipeline.evaluate.recall import mean_recall
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 from teacher_cache.pipeline.models.run_record import AveragedRun, RunRecord
 
-_COLOURS = {"teacher": "#7f7f7f", "student": "#1f77b4", "int8": "#d95f02", "fp32": "#1b9e77"}
+_COLOURS = {"teacher": "#7f7f7f", "student": "#1f77b4", "int8": "#d95f02", "fp32": "#1b9e77", "OpenVINO": "#7570b3"}
 
 
 _WITH_OPEN_CLIP = """With open_clip:
@@ -106,7 +106,7 @@ def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[A
     files += [f"- no int8 file of the {tower} tower: {why}" for tower, why in deployment.not_quantised.items()]
     gates = "\n".join(f"| {gate.name} | {gate.found:.7g} | {gate.wanted} |" for gate in table.gates)
     # the runtime needs both towers of one variant
-    smallest = [variant for variant, made in deployment.towers.items() if len(made) == 2][-1]
+    smallest = "int8" if len(deployment.towers.get("int8", {})) == 2 else "fp32"
     weights = deployment.weights
     dense = weights.bytes > 1.1 * 4 * deployment.parameters
     multiplied_out = "; the factorised token embedding is multiplied out there" if dense else ""

@@ -22,7 +22,7 @@ from teacher_cache.pipeline.deploy.gates import (
     row_cosines,
 )
 from teacher_cache.pipeline.deploy.onnx_student import OnnxStudent, Tower, towers_of
-from teacher_cache.pipeline.deploy.record import Deployment, Variant, versions
+from teacher_cache.pipeline.deploy.record import Deployment, Variant
 from teacher_cache.pipeline.deploy.table import Cosine, Gate, Int8Report, Retained, Retention, StudentTable, TableRow
 from teacher_cache.pipeline.evaluate.cost.measure import measure_cost, processor
 from teacher_cache.pipeline.evaluate.cost.peak_memory import ProbeRequest
@@ -132,7 +132,7 @@ def measure(config: DeployConfig, subject: Subject, progress: Progress) -> Stude
         threads=threads,
         date=datetime.date.today().isoformat(),
         hardware=processor(),
-        versions=versions(),
+        versions=deployment.made_with,
         rows=tuple(_row(subject, model, models[0], cost, places) for model in models),
         gates=tuple(gates),
         int8=dict(subject.reports),
@@ -153,7 +153,7 @@ def _with_recalls(
     models.append(_Model("student fp32", student, measured, measured.facts.state_bytes or 0, ranks))
     gates = [require_weights(subject.folder, split, *own)]
     for variant in subject.deployment.towers:
-        towers = towers_of(subject.deployment, variant)
+        towers, files = towers_of(subject.deployment, variant), subject.deployment.towers[variant]
         name = _name(towers)
         onnx = OnnxStudent(subject.folder, towers, threads)
         features = _embedded(split, name, onnx, progress)
@@ -161,9 +161,9 @@ def _with_recalls(
         if variant == "int8":
             require_finite(name, *features)
         else:
-            for (tower, cosine), rows in zip(cosines.items(), features, strict=True):
+            for artefact, cosine, rows in zip(files.values(), cosines.values(), features, strict=True):
                 number = f"least cosine to torch, {len(rows):,} rows"
-                gates.append(require_parity(f"{tower}.onnx", cosine.least, number))
+                gates.append(require_parity(artefact.file, cosine.least, number))
         ranks = split.ranks(*features, device="cpu")
         if variant == "int8":
             gates.append(require_recall(name, ranks, models[-1].ranks, max_recall_loss))
@@ -211,7 +211,7 @@ def _onnx(
         measured=MeasuredModel(onnx, ProbeRequest.of(OnnxStudent, arguments, max(_BATCHES), threads)),
         bytes=sum(deployment.towers[which][tower].bytes for tower, which in towers.items()),
         ranks=ranks,
-        engine="ONNX Runtime",
+        engine="OpenVINO" if "openvino" in towers.values() else "ONNX Runtime",
         int8_share=int8 / deployment.parameters if int8 else None,
         cosine=cosines,
     )
@@ -227,7 +227,7 @@ def without_folders(dataset: str) -> str:
 
 def _name(towers: Mapping[Tower, str]) -> str:
     if len(set(towers.values())) == 1:
-        return f"ONNX {towers['image']}"
+        return "OpenVINO" if towers["image"] == "openvino" else f"ONNX {towers['image']}"
     return "ONNX " + ", ".join(f"{variant} {tower}" for tower, variant in towers.items())
 
 

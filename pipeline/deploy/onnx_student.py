@@ -1,4 +1,4 @@
-"""A deployed student to measure: ONNX Runtime runs each tower from its own file. No torch."""
+"""A deployed student to measure: ONNX Runtime or OpenVINO runs each tower from its own file. No torch."""
 
 from __future__ import annotations
 

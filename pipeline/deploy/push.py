@@ -11,6 +11,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from pydantic import BaseModel
 
 from teacher_cache.pipeline.deploy.card import on_hub, run_card
+from teacher_cache.pipeline.deploy.openvino_ir import FOLDER as OPENVINO
 from teacher_cache.pipeline.deploy.record import RECORD, Artefact, Deployment
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 from teacher_cache.pipeline.models.hub import hub_answers
@@ -117,7 +118,8 @@ def _deployed(config: PushConfig, checkpoint: Path) -> _Files:
 
 
 def _deployment_files(names: set[str]) -> set[str]:
-    return {name for name in names if name.endswith(".onnx") or name in (RECORD, "tokenizer.json", *_TABLE)}
+    made = (RECORD, "tokenizer.json", *_TABLE)
+    return {name for name in names if name.endswith(".onnx") or name.startswith(f"{OPENVINO}/") or name in made}
 
 
 @contextmanager

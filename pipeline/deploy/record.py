@@ -4,6 +4,7 @@
     image.onnx  text.onnx       ``pixels`` float32 (batch, 3, height, width) to ``image_features`` float32 (batch, dim),
                                 and ``tokens`` int64 (batch, length) to ``text_features``; both of unit norm, any batch
     image.int8.onnx  text.int8.onnx     the same with int8 weights, where the tower can be quantised
+    openvino/                   the same for OpenVINO, if asked for
     tokenizer.json              in the format of Hugging Face's tokenizers
     open_clip_model.safetensors  open_clip_config.json    for ``open_clip.create_model("local-dir:...")``
     README.md  table.*          the model card and its table
@@ -28,7 +29,7 @@ from teacher_cache.storage.files.places import DEPLOYED, misplaced
 
 RECORD = "deploy.json"
 
-Variant = Literal["fp32", "int8"]
+Variant = Literal["fp32", "int8", "openvino"]
 
 
 class DeploymentError(CacheError):
@@ -84,6 +85,9 @@ class Deployment(BaseModel):
     towers: dict[Variant, dict[Literal["image", "text"], Artefact]] = Field(
         description="Files by precision and tower. A tower without an int8 file is in ``not_quantised``."
     )
+    openvino_graphs: dict[Literal["image", "text"], Artefact] = Field(
+        {}, description="OpenVINO's .xml by tower; ``towers`` has the .bin beside it."
+    )
     not_quantised: dict[str, str] = Field({}, description="Reason why a tower has no int8 file, by tower.")
     weights: Artefact = Field(description="open_clip_model.safetensors, for open_clip.")
     run: str
@@ -114,10 +118,10 @@ class Deployment(BaseModel):
     def artefacts(self) -> tuple[Artefact, ...]:
         """Return all files whose digests the record holds."""
         towers = (artefact for made in self.towers.values() for artefact in made.values())
-        return (*towers, self.tokenization.artefact, self.weights)
+        return (*towers, *self.openvino_graphs.values(), self.tokenization.artefact, self.weights)
 
     def tower(self, folder: str | Path, tower: Literal["image", "text"], variant: Variant) -> bytes:
-        """Return the checked bytes of a tower's ONNX file.
+        """Return the checked bytes of a tower's ONNX file, or of OpenVINO's .bin.
 
         Raises:
             UsageError: this tower has no file of this variant; the message says why.
@@ -148,13 +152,13 @@ class Deployment(BaseModel):
         return data
 
 
-def require_packages() -> None:
-    """Check that the packages of deploy are installed. Called before hours of work.
+def require_packages(*others: str) -> None:
+    """Check that the packages of deploy, and the others named, are installed. Called before hours of work.
 
     Raises:
         MissingPackageError: a package is not installed.
     """
-    for name in ("onnx", "onnxscript", "onnxruntime", "tokenizers", "ftfy", "matplotlib"):
+    for name in ("onnx", "onnxscript", "onnxruntime", "tokenizers", "ftfy", "matplotlib", *others):
         if find_spec(name) is None:
             raise MissingPackageError(name, "deploy")
 

@@ -1,4 +1,4 @@
-"""Deployment of a run's student: checked files for open_clip and ONNX Runtime, and a table of size, speed and recall.
+"""Deployment of a run's student: checked files for each runtime, and a table of size, speed and recall.
 
 The output folder appears after all gates have passed. A command that fails or is killed leaves none.
 """
@@ -24,6 +24,7 @@ from teacher_cache.pipeline.deploy.card import draw_table, model_card
 from teacher_cache.pipeline.deploy.export_onnx import export_towers
 from teacher_cache.pipeline.deploy.gates import require_finite_weights
 from teacher_cache.pipeline.deploy.measure import Subject, measure
+from teacher_cache.pipeline.deploy.openvino_ir import write_openvino
 from teacher_cache.pipeline.deploy.quantize import NotQuantisable, quantize_tower
 from teacher_cache.pipeline.deploy.record import Artefact, Deployment, Variant, versions
 from teacher_cache.pipeline.deploy.table import Int8Report, StudentTable, to_markdown
@@ -103,6 +104,8 @@ def deploy(config: DeployConfig, progress: Callable[[str, int, int], None] | Non
         del student
         if config.web:
             write_web(folder, deployment)
+        if config.openvino:
+            deployment = write_openvino(folder, deployment)
         chosen_on = record.chosen_on(config.checkpoint)
         learned = count_learned(record, split.content_sha256, split.reader)
         subject = Subject(

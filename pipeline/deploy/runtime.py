@@ -8,7 +8,7 @@ Needs ``pip install teacher-cache[runtime]``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -19,6 +19,7 @@ from PIL import Image
 from teacher_cache.pipeline.data.datasets.files import open_regular
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image, load_image
 from teacher_cache.pipeline.data.images.model_input import RESIZE_MODES, ModelInput
+from teacher_cache.pipeline.deploy.openvino_ir import load_openvino
 from teacher_cache.pipeline.deploy.record import RECORD, Deployment, Variant
 from teacher_cache.pipeline.deploy.tokens import StudentTokens, runtime_package
 from teacher_cache.storage.errors import UsageError
@@ -67,12 +68,12 @@ class StudentRuntime:
 
     Args:
         folder: folder of a deployment.
-        variant: fp32, or int8 for towers that have an int8 file.
+        variant: fp32, int8 for towers that have an int8 file, or openvino for a student that was deployed with it.
         threads: number of threads per run. Default: all cores.
         batch_size: number of images or texts per run; memory grows with it.
 
     Raises:
-        UsageError: there is no deployment, the variant is unknown, or onnxruntime is not installed.
+        UsageError: there is no deployment, the variant is unknown, or onnxruntime or openvino is not installed.
     """
 
     def __init__(
@@ -89,9 +90,9 @@ class StudentRuntime:
         self.variant = variant
         self.threads = threads
         self.batch_size = batch_size
-        self._onnxruntime = runtime_package("onnxruntime")
+        self._engine = runtime_package("openvino", None) if variant == "openvino" else runtime_package("onnxruntime")
         self._input = _model_input(self.deployment)
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[str, Callable[[NDArray[Any]], Any]] = {}
         self._tokens: StudentTokens | None = None
 
     def pixels(self, image: ImageLike) -> NDArray[np.float32]:
@@ -226,32 +227,36 @@ class StudentRuntime:
         return [(int(row), float(score)) for row, score in zip(found_rows[0], found_scores[0], strict=True) if row >= 0]
 
     def _run(self, tower: Literal["image", "text"], values: NDArray[Any]) -> NDArray[np.float32]:
-        session = self._sessions.get(tower) or self._load(tower)
-        argument = {"image": "pixels", "text": "tokens"}[tower]
-        parts = [
-            session.run([f"{tower}_features"], {argument: values[start : start + self.batch_size]})[0]
-            for start in range(0, len(values), self.batch_size)
-        ]
+        run = self._sessions.get(tower) or self._load(tower)
+        parts = [run(values[start : start + self.batch_size]) for start in range(0, len(values), self.batch_size)]
         return np.concatenate([np.empty((0, self.deployment.embed_dim), np.float32), *parts])
 
-    def _load(self, tower: Literal["image", "text"]) -> Any:
-        data = self.deployment.tower(self.folder, tower, self.variant)
-        options = self._onnxruntime.SessionOptions()
+    def _load(self, tower: Literal["image", "text"]) -> Callable[[NDArray[Any]], Any]:
+        data, engine = self.deployment.tower(self.folder, tower, self.variant), self._engine
+        graph = b""
+        if self.variant == "openvino":
+            graph = self.deployment.proven(self.folder, self.deployment.openvino_graphs[tower])
+        try:
+            run = load_openvino(engine, graph, data, self.threads) if graph else self._load_onnx(tower, data)
+        except Exception as error:  # their exceptions share no base; the digest was right, so it is the version
+            made_with = ", ".join(f"{name} {version}" for name, version in self.deployment.made_with.items())
+            raise UsageError(
+                f"{self.folder}: {engine.__name__} {engine.__version__} cannot load the {tower} tower ({error}). "
+                f"Update {engine.__name__}; the deployment was made with {made_with}."
+            ) from error
+        self._sessions[tower] = run
+        return run
+
+    def _load_onnx(self, tower: str, data: bytes) -> Callable[[NDArray[Any]], Any]:
+        options = self._engine.SessionOptions()
         options.log_severity_level = 3  # errors only: warnings are about its optimiser
         # idle threads spin during a run, not after it, when other programs need the cores
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
-        try:
-            session = self._onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no base; the digest was right, so it is the version
-            made_with = ", ".join(f"{name} {version}" for name, version in self.deployment.made_with.items())
-            raise UsageError(
-                f"{self.folder}: onnxruntime {self._onnxruntime.__version__} cannot load the {tower} tower ({error}). "
-                f"Update onnxruntime; the deployment was made with {made_with}."
-            ) from error
-        self._sessions[tower] = session
-        return session
+        session = self._engine.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        argument = {"image": "pixels", "text": "tokens"}[tower]
+        return lambda values: session.run([f"{tower}_features"], {argument: values})[0]
 
     def _load_tokens(self) -> StudentTokens:
         tokenization = self.deployment.tokenization

@@ -35,8 +35,8 @@ _PROBE_TEXTS = (
 )
 
 
-def runtime_package(name: str) -> Any:
-    """Import a package that only the runtime of a deployed student needs.
+def runtime_package(name: str, extra: str | None = "runtime") -> Any:
+    """Import a package that only the runtime of a deployed student needs, of an extra of ours or by its own name.
 
     Raises:
         UsageError: the package is not installed; the message says what to install.
@@ -46,7 +46,7 @@ def runtime_package(name: str) -> Any:
     except ImportError as error:
         raise UsageError(
             f"a deployed student needs a package that is not installed: {name} ({error}). "
-            f"Install it: {install_line(name, 'runtime')}"
+            f"Install it: {install_line(name, extra)}"
         ) from error
 
 

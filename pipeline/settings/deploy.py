@@ -26,6 +26,7 @@ class DeployConfig(StageConfig):
     prompts: str | None = Field(None, description="Prompt set for that dataset, as for zero-shot.")
     int8: bool = Field(True, description="Make int8 files too.")
     web: bool = Field(False, description="Write web/ too: the student as transformers.js and Optimum read it.")
+    openvino: bool = Field(False, description="Write openvino/ too: the towers as OpenVINO's IR, in float32.")
     calibration_images: int = Field(
         512, gt=0, description="Number of training images that calibrate the int8 activations."
     )

@@ -450,11 +450,20 @@ def test_the_command_says_all_of_it(trained: Path, tiny_teacher: Path, tmp_path:
     assert "is there already" in again.stderr
 
 
+@pytest.mark.parametrize(
+    ("missing", "flags", "install"),
+    [("onnxscript", (), r"\[deploy\]"), ("openvino", ("--openvino",), "install openvino$")],
+)
 def test_a_missing_package_is_named_before_torch_is_loaded(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+    flags: tuple[str, ...],
+    install: str,
 ) -> None:
     monkeypatch.setattr(
-        "teacher_cache.pipeline.deploy.record.find_spec", lambda name: None if name == "onnxscript" else object()
+        "teacher_cache.pipeline.deploy.record.find_spec", lambda name: None if name == missing else object()
     )
-    with pytest.raises(UsageError, match=r"onnxscript.*\[deploy\]"):
-        cli_deploy.deploy.main(["--run", str(trained), "--out", str(tmp_path / "out")], standalone_mode=False)
+    with pytest.raises(UsageError, match=f"deploy needs {missing}, .*{install}"):
+        cli_deploy.deploy.main(["--run", str(trained), "--out", str(tmp_path / "out"), *flags], standalone_mode=False)

@@ -72,8 +72,11 @@ def deployed(trained: Path, exported: Path, tmp_path: Path) -> Path:
     checkpoint = RunFolder(trained).checkpoint_path()
     for name in ("open_clip_model.safetensors", "open_clip_config.json"):
         shutil.copyfile(checkpoint / name, out / name)
-    record = Deployment.read(out)
-    record.model_copy(update={"weights": Artefact.of(out / "open_clip_model.safetensors")}).write(out)
+    (out / "openvino").mkdir()
+    (out / "openvino" / "image.xml").write_text("a graph")
+    graph = Artefact.of(out / "openvino" / "image.xml").model_copy(update={"file": "openvino/image.xml"})
+    made = {"weights": Artefact.of(out / "open_clip_model.safetensors"), "openvino_graphs": {"image": graph}}
+    Deployment.read(out).model_copy(update=made).write(out)
     for name in ("table.json", "table.md", "table.png"):
         (out / name).write_text(name)
     (out / "README.md").write_text('# tiny\n\n## Use\nStudentRuntime("FOLDER")\nopen("local-dir:FOLDER")\n')
@@ -143,7 +146,8 @@ def test_a_deployment_goes_with_it_and_leaves_with_the_next_push(trained: Path, 
     pushed(trained, deployed=str(deployed), private=True)
     files = hub.files[REPOSITORY]
     assert hub.private == {REPOSITORY: True}
-    assert set(files) == {path.name for path in deployed.iterdir()} - {"notes.txt"}
+    made = {path.relative_to(deployed).as_posix() for path in deployed.rglob("*") if path.is_file()}
+    assert set(files) == made - {"notes.txt"}
     assert all(files[name] == (deployed / name).read_bytes() for name in set(files) - {"README.md"})
     card = files["README.md"].decode()
     assert f"`hf download {REPOSITORY} --local-dir FOLDER` fetches the files." in card

@@ -24,6 +24,7 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.train.loop import train
 from tests.object_store import free_ports
 from tests.pipeline.train.train_work import make_student, run_command, trace, train_config
+from tests.python_packages import install_beside
 
 # MLflow uses what other packages have deprecated
 pytestmark = pytest.mark.filterwarnings(
@@ -168,14 +169,6 @@ def test_a_wrong_name_lists_the_trackers(tmp_path: Path) -> None:
     assert told.returncode == 2
     for name in ("--report-to", "'tensorbord'", "'tensorboard'", "'wandb'", "'mlflow'", "'trackio'"):
         assert name in told.stderr
-
-
-def install_beside(folder: Path, *packages: str) -> None:
-    """Packages without their dependencies, which would change versions of ours: they are there, or also named."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *packages]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"{packages[0]} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
 
 
 def test_trackio_has_every_step(photo_cache: Path, student: Path, tmp_path: Path) -> None:
