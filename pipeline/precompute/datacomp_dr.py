@@ -77,7 +77,7 @@ class ReinforcedShards:
         self.location = location
         first = next(read_reinforced(location), None)
         if first is None:
-            raise UsageError(f"{location}: its tars hold no sample")
+            raise UsageError(f"{location}: its tars hold no sample of DataCompDR")
         rows = _text_rows(first)
         width, self._dtype = rows.shape[1], rows.dtype
         start, stop = map(int, columns.split(":")) if columns else (0, width)

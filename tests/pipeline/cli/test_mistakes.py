@@ -14,6 +14,7 @@ import pytest
 from teacher_cache.pipeline.settings.names import next_run
 from teacher_cache.storage.files.places import described, kind_of, misplaced, similar_names
 from tests.conftest import make_known_cache, plan_known_cache
+from tests.pipeline.data.dataset_files import write_tar
 
 TRAIN = "train --cache known.cache --student scenes-small --out o"
 PRECOMPUTE = "precompute --teacher bundled:scenes --cache new.cache --dataset"
@@ -97,7 +98,7 @@ CASES = [
         2,
         "foldr is no folder; give the one that holds img_emb, text_emb and metadata. Did you mean fo",
     ),
-    (f"{IMPORT} sidecar", 2, "write them; here are tars, as export --sidecar writes them: export without --sidecar\n"),
+    (f"{IMPORT} sidecar", 2, "(param_aug); here are tars, as export --sidecar writes them: export without --sidecar\n"),
     (f"{IMPORT} foreign/img_emb", 2, "write them; name the folder above: foreign\n"),
     (
         f"{IMPORT} foreign",
@@ -210,8 +211,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "photos").mkdir()
     (here / "photos/a.jpg").write_bytes(b"")
     (here / "names.txt").write_text("Katze\nHund\n")
-    for name in ("images.tar", "book.xlsx", "sidecar/0.tar", "foreign/img_emb/img_emb_0.npy"):
+    for name in ("images.tar", "book.xlsx", "foreign/img_emb/img_emb_0.npy"):
         (here / name).write_bytes(bytes(1024))
+    write_tar(here / "sidecar/0.tar", [("000.npz", b"")])
     (here / "pairs.csv").write_text("path,caption\na.jpg,b\n")
     return here
 

@@ -261,6 +261,8 @@ def read_reinforced(root: str) -> Iterator[Reinforced]:
                 f"{tar}: the sample {printable(key)!r} has no .{' and no .'.join(missing)}, only "
                 f"{printable(', '.join([*has, *member.others]))}. Each sample of DataCompDR's shards has KEY.npz "
                 "(image_emb, text_emb), KEY.syn.json (syn_text) and KEY.paug.json (param_aug)"
+                + "; here are tars, as export --sidecar writes them: export without --sidecar"
+                * (has == ["npz"])
             )
         own = " ".join(member.texts.get("txt", [])) or None
         captions = (own, *member.texts[SYNTHETIC])
