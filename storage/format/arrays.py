@@ -206,6 +206,6 @@ def prove_body(body: NDArray[Any], stored: bytes, wanted: ObjectDigest, where: s
 # one setting for all caches: a chunk that is encoded again gets the same bytes. Blocks of 1 MiB save half as much again
 # as the default of 32 KiB; higher levels save no more (benchmarks/compression.md)
 _BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "blocksize": 1 << 20}
-_SHUFFLE: Final = "bitshuffle"
+_SHUFFLE: Final = "shuffle"  # of bytes: bitshuffle spreads what can be saved, sign and exponent, over eight planes
 _PROVEN_AT_ONCE = 1 << 20  # bytes: a block that stays in the CPU cache for checksum and NaN
 _REMEDY = "Run teacher-cache verify to list all damage, and teacher-cache repair CACHE to encode those chunks anew."

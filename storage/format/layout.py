@@ -57,7 +57,7 @@ class Layout(Record):
         None, description="Storage type of the embeddings, if not float16. Each chunk then has an object of scales."
     )
     compressor: Literal["blosc"] | None = Field(
-        None, description="Codec of all arrays between zarr's bytes and crc32c: blosc of bitshuffle and zstd, or none."
+        None, description="Codec of all arrays between zarr's bytes and crc32c: blosc of shuffled bytes, or none."
     )
 
     def rows(self, tower: Literal["image", "text"]) -> int:
