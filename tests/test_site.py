@@ -114,7 +114,7 @@ def test_commands_are_in_groups_with_an_example_and_without_the_parsers_notation
         assert re.search(rf"^teacher-cache {name}( |$)", text, re.MULTILINE), name
         assert not re.search(r"TEXT|INTEGER|\[OPTIONS\]|x>=|<=x| range|\[\w+[|\]]", text), name
     assert "ROW or SAMPLE_ID (optional)" in " ".join(sections["look"].split())
-    assert "--precision fp32, bf16 or fp16" in " ".join(sections["precompute"].split())
+    assert "--precision fp32, bf16, pure_bf16 or fp16" in " ".join(sections["precompute"].split())
 
 
 def test_no_docstring_is_taken_apart(pages: dict[Path, Page]) -> None:

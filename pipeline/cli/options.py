@@ -363,7 +363,7 @@ log_format_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_choose_log_format,
-    help="Format of stderr: text, or one JSON object per line. Default: text.",
+    help="Format of stderr: text or JSON lines. Default: text.",
 )
 metrics_option = click.option(
     "--metrics-port",
@@ -373,5 +373,5 @@ metrics_option = click.option(
     envvar=METRICS_PORT,
     expose_value=False,
     callback=_choose_metrics_port,
-    help="Port for Prometheus, 0 to 65535; 0 takes a free one. Default: none.",
+    help="Port for Prometheus; 0 takes a free one. Default: none.",
 )

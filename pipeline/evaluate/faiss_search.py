@@ -18,6 +18,7 @@ _SPARE = 32  # candidates beyond the depth, for near ties at the last place
 _MOST_CANDIDATES = 256  # FAISS is slow beyond, and limited to 2,048 on a GPU; deeper ranks are counted in float64
 _QUERIES_AT_ONCE = 4_096
 _WORK_BYTES = 64 << 20
+_GPU_WORK_BYTES = 256 << 20
 _GPU_PROVEN = 16  # queries per block whose GPU scores are checked
 
 _Floats = NDArray[np.float32]
@@ -47,6 +48,7 @@ class Engine:
         config.device = self.gpu
         config.useFloat16 = False  # the error bound assumes float32
         resources = faiss.StandardGpuResources()
+        resources.setTempMemory(_GPU_WORK_BYTES)  # by default 1.5 GB
         index = faiss.GpuIndexFlatIP(resources, gallery.shape[1], config)
         index.add(gallery)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
 from teacher_cache.pipeline.evaluate.split import Embedded, EvaluationSplit
+from teacher_cache.pipeline.models.device import full_float32
 from teacher_cache.pipeline.models.student import Student
 
 
@@ -61,7 +62,7 @@ def _evaluating(student: Student) -> Iterator[None]:
     training = student.training
     student.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), full_float32():
             yield
     finally:
         student.train(training)

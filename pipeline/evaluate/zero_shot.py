@@ -7,7 +7,6 @@ a teacher, a student, its ONNX files.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, Field
 
+from teacher_cache.pipeline.data.cores import decode_threads
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
 from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset, open_labelled
 from teacher_cache.pipeline.evaluate.learned import count_learned
 from teacher_cache.pipeline.evaluate.zero_shot_cache import TeacherRows, teacher_rows
-from teacher_cache.pipeline.models.device import keep_freed_memory, resolve_device
+from teacher_cache.pipeline.models.device import full_float32, keep_freed_memory, resolve_device
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.student import load_student, student_tokenizer
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
@@ -118,11 +118,13 @@ class StudentEncoder:
         self.prepare = student.preprocess.transform
 
     @torch.inference_mode()
+    @full_float32()
     def embed_images(self, prepared: Sequence[torch.Tensor]) -> NDArray[np.float32]:
         """Embed prepared images."""
         return _on_cpu(self._student.encode_image(torch.stack(list(prepared)).to(self._device)))
 
     @torch.inference_mode()
+    @full_float32()
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embed texts."""
         tokens = self._student.shorten(self._tokenizer(list(texts)))
@@ -205,7 +207,7 @@ def classify_dataset(
         except (UndecodableImageError, ValueError) as error:
             lost[index] = f"{dataset.sample_id(index)}: {error}"
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(decode_threads()) as pool:
         for start in range(0, len(labels), batch_size):
             batch = range(start, min(start + batch_size, len(labels)))
             inputs = list(pool.map(prepared, batch))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,37 @@ def device_uuid(index: int) -> str | None:
         return None
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
     return None if uuid is None else str(uuid)
+
+
+def for_copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on the CPU that a GPU copies without a wait: contiguous and pinned. On a CPU: unchanged."""
+    return tensor.contiguous().pin_memory() if device.type == "cuda" else tensor
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 on a GPU with all 24 bits within the block. TF32, cuDNN's default, keeps 11."""
+    kernels: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [kernel.fp32_precision for kernel in kernels]
+    try:
+        for kernel in kernels:
+            kernel.fp32_precision = "ieee"
+        yield
+    finally:
+        for kernel, precision in zip(kernels, before, strict=True):
+            kernel.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def memory_told(advice: str) -> Iterator[None]:
+    """Raise a GPU's want of memory within the block as a UsageError with this advice.
+
+    The batch is never made smaller instead: the bytes of a cache and the loss of a step depend on it.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"the GPU has too little memory: {advice} ({str(error).partition('. ')[0]})") from error
 
 
 def image_memory_format(model: nn.Module) -> torch.memory_format:

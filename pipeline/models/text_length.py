@@ -8,6 +8,7 @@ changes the result by float rounding only (tested).
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from open_clip.model import CLIP
@@ -17,9 +18,18 @@ from torch.func import functional_call
 _STEP = 8  # few different lengths, so that kernels chosen or compiled by shape are reused
 _GROUP = 64  # captions that fill a CPU's cores; smaller groups join the next longer ones
 
+# what can_shorten has found: comparing the mask of a model on a GPU would wait for all its work
+_SHORTENS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
 
 def can_shorten(model: nn.Module) -> bool:
-    """Return whether this model's text features depend on nothing after the end-of-text token."""
+    """Return whether this model's text features depend on nothing after the end-of-text token. Compared once."""
+    if model not in _SHORTENS:
+        _SHORTENS[model] = _is_causal(model)
+    return _SHORTENS[model]
+
+
+def _is_causal(model: nn.Module) -> bool:
     # only open_clip's own class: others pool another position, or are not causal
     if type(model) is not CLIP or model.text_pool_type != "argmax" or model.attn_mask is None:
         return False

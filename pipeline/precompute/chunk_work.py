@@ -294,9 +294,8 @@ class _ImageLoader:
             else:
                 image = open_image(data, self._preprocess.decoder)
                 size = image.size
-        except MemoryError:
-            raise
         except Exception as error:
+            _raise_if_memory(error)
             return {view: self._lost(sample, place, error) for view, place in by_view.items()}
         return {view: self._view(sample, view, image, size, place) for view, place in by_view.items()}
 
@@ -315,9 +314,8 @@ class _ImageLoader:
                 row = crop.as_row()
                 if place is not None:
                     place[:] = crop_shown(image, crop, self._preprocess)
-        except MemoryError:
-            raise  # the machine's fault, not the image's
         except Exception as error:  # an odd image, such as 1 x 600 pixels, must not end the run
+            _raise_if_memory(error)
             return self._lost(sample, place, error)
         return Prepared(sample["sample_id"], row)
 
@@ -390,6 +388,12 @@ class StretchReader:
         if ref.tower == "image" or self._layout.text_order is None:
             return np.arange(len(rows))
         return order_by_length(self._captions.read(rows)["text"])
+
+
+def _raise_if_memory(error: Exception) -> None:
+    """Raise an error for want of memory again: the machine's fault, not the image's. torch's is a RuntimeError."""
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        raise error
 
 
 def _take(table: TableRows, rows: NDArray[np.int64]) -> pa.Table:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,10 +17,13 @@ from itertools import islice, repeat, takewhile
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import torch
+
+from teacher_cache.pipeline.data.cores import decode_threads
 from teacher_cache.pipeline.data.datasets.files import data_folder
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
-from teacher_cache.pipeline.models.device import keep_freed_memory
+from teacher_cache.pipeline.models.device import keep_freed_memory, memory_told
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
 from teacher_cache.pipeline.precompute.chunk_work import Batch, Prepared, StretchReader
 from teacher_cache.pipeline.precompute.plan import Progress, rows_by_tower
@@ -30,7 +32,7 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.location import begun_ahead, requests_at_once, results_ahead
 from teacher_cache.storage.format.commits import ChunkRef, stretches_of
 from teacher_cache.storage.format.layout import Layout
-from teacher_cache.storage.observe.logs import event, logger
+from teacher_cache.storage.observe.logs import event, hint, logger
 from teacher_cache.storage.write.claims import Claims, claim_name
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
@@ -39,6 +41,7 @@ _LOG = logger("precompute")
 _BATCHES_AHEAD = 4
 _WRITES_AHEAD = 2  # stretches of rows that may wait for the disk before the teacher waits
 _BATCHES_BEHIND = {"cuda": 1}  # by device type: batches in flight while the next one is launched
+_LEAST_GPU_ROWS = 256
 _OTHERS_POLL_SECONDS = 0.5
 
 
@@ -192,8 +195,14 @@ class _Encoder:
         known: KnownRows | None = None,
     ) -> None:
         keep_freed_memory(teacher.device)
+        rows = writer.manifest.layout.batch_rows
+        if teacher.device.type == "cuda" and rows < _LEAST_GPU_ROWS:
+            hint(
+                f"warning: {rows} rows are encoded at once, as the cache was planned: a GPU spends most of its time on "
+                "launches. A new cache with --batch-size 1024 is many times as fast"
+            )
         self._teacher, self._writer, self._tally, self._known = teacher, writer, tally, known
-        self._threads = config.decode_threads or os.cpu_count() or 1
+        self._threads = config.decode_threads or decode_threads()
         self._source = ImageSource(data_folder(DatasetSpec.parse(config.dataset).root))
         self._remote = requests_at_once(writer.files) > 1
 
@@ -201,12 +210,17 @@ class _Encoder:
         """Encode stretches of rows, each requested when its turn comes. When it returns, all are committed."""
         behind = _BATCHES_BEHIND.get(self._teacher.device.type, 0)
         launched: deque[_Launched] = deque()
-        with self._pools() as (decoders, writers, claimer, fetchers):
+        rows = self._writer.manifest.layout.batch_rows
+        advice = (
+            f"{rows} rows are encoded at once, which is part of the cache's layout. Free the GPU, or start a new cache "
+            f"with --batch-size {max(1, rows // 4)}"
+        )
+        with memory_told(advice), self._pools() as (decoders, writers, claimer, fetchers):
             reader = StretchReader(self._teacher, self._writer, self._source, self._known, fetchers)
-            if self._remote:  # in a store a claim takes several requests, so the next stretch is claimed ahead
-                coming = iter(stretches)
-                stretches = takewhile(bool, results_ahead(claimer, lambda _: next(coming, []), repeat(None), 1))
-            batches = (batch for stretch in stretches for batch in reader.batches(stretch))
+            # a claim syncs a file, or takes requests to a store: the next stretch is claimed ahead, in another thread
+            coming = iter(stretches)
+            claimed = takewhile(bool, results_ahead(claimer, lambda _: next(coming, []), repeat(None), 1))
+            batches = (batch for stretch in claimed for batch in reader.batches(stretch))
             for batch in begun_ahead(lambda batch: batch.request(decoders), batches, _BATCHES_AHEAD):
                 launched.append(self._launch(batch))
                 while len(launched) > behind:
@@ -255,7 +269,11 @@ class _Encoder:
         """Store a batch's embeddings, and submit its chunk for writing after the last batch."""
         batch, encoded = launched.batch, launched.encoded
         chunk, began = batch.chunk, time.perf_counter()
-        chunk.put(batch, launched.prepared, encoded, self._teacher)
+        try:
+            chunk.put(batch, launched.prepared, encoded, self._teacher)
+        except torch.AcceleratorError as error:  # told when the GPU is waited for, by then with later work
+            error.add_note(f"while the GPU encoded chunk {chunk.ref.name} or the one after it")
+            raise
         # for a GPU its own working time, not the wall clock of Python
         on_device = encoded.device_seconds() if encoded is not None else None
         seconds = launched.seconds + time.perf_counter() - began if on_device is None else on_device

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
+from teacher_cache.pipeline.data.cores import decode_threads
 from teacher_cache.pipeline.data.datasets.files import data_folder
 from teacher_cache.pipeline.data.datasets.records import Sample, SampleSet
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, digest_threads, list_samples, why_none
@@ -307,7 +307,7 @@ def _time_towers(
     # in a labelled dataset one image has all captions
     every = chain.from_iterable(sample.captions for sample in listed.samples)
     texts = list(islice(own, layout.batch_rows)) or list(islice(every, layout.batch_rows))
-    threads = max(config.decode_threads or os.cpu_count() or 1, probe.source.fetches(samples[0].uri))
+    threads = max(config.decode_threads or decode_threads(), probe.source.fetches(samples[0].uri))
     with ThreadPoolExecutor(threads) as pool:
         image = _time(teacher, prepare, teacher.encode_shown, layout.views)
     text = _time(teacher, lambda: teacher.tokenizer(texts) if texts else torch.empty(0), teacher.encode_texts, 1)

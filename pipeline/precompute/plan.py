@@ -477,4 +477,4 @@ def default_chunk_rows(rows: int) -> int:
 def default_batch_rows(device: str) -> int:
     """Return the rows per forward pass on a type of device, as torch names it."""
     # on a CPU the activations of 16 images fit its caches; more images only cost memory
-    return 16 if device == "cpu" else 256
+    return 16 if device == "cpu" else 1024

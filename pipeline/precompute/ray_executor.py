@@ -17,8 +17,10 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -28,6 +30,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
+import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
@@ -97,6 +100,11 @@ class EncodeActor:
 def _outcome(call: Callable[[], set[ChunkRef]]) -> Outcome:
     try:
         return Outcome(frozenset(call()))
+    except torch.AcceleratorError:
+        # nothing can be done on that GPU in this process; a lost actor's chunks go to others
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     except Exception as error:
         return Outcome(error=_portable(error), transient=is_transient(error))
 

@@ -21,7 +21,7 @@ def _check_device(name: str) -> str:
 
 
 Decoder = Literal["pillow", "jpeg-scaled"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "pure_bf16", "fp16"]
 StoredDtype = Literal["float16", "int8"]
 
 AcceptMismatch = Annotated[
@@ -44,7 +44,11 @@ ImageRoot = Annotated[
 ]
 LoaderWorkers = Annotated[
     int | None,
-    Field(ge=0, description="Number of processes that decode images. Default: half the cores, at most 8."),
+    Field(
+        ge=0,
+        description="Number of processes that decode images. Default: half the cores, at most 8; with a GPU all "
+        "cores but one, at most 16.",
+    ),
 ]
 MeasuredSplit = Annotated[
     str | None, Field(description="Split to measure on. Default: test, else the only one that is held out.")

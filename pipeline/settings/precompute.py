@@ -30,10 +30,10 @@ class PrecomputeConfig(StageConfig):
     cache: str = Field(description="Folder or URL of the cache. A new one is made, an unfinished one is continued.")
     pretrained: Pretrained = None
     device: Device = "auto"
-    precision: Precision = Field("fp32", description="Precision of the teacher's forward pass. Part of the identity.")
+    precision: Precision = Field("fp32", description="The teacher's arithmetic, part of the identity.")
     dtype: StoredDtype | None = Field(
         None,
-        description="Storage type of the embeddings: float16, or int8 at half the size. Part of the identity. "
+        description="Storage type: float16, or int8 at half the size. Part of the identity. "
         "Default: the existing cache's, else float16.",
     )
     compress: bool = Field(False, description="Compressed arrays: fewer bytes, slower to read. Default: off.")
@@ -41,7 +41,7 @@ class PrecomputeConfig(StageConfig):
         None,
         gt=0,
         description="Number of images or captions per forward pass. Default: the existing cache's, else 16 on a CPU "
-        "and 256 on a GPU.",
+        "and 1,024 on a GPU.",
     )
     chunk_rows: int | None = Field(
         None, gt=0, description="Number of rows per chunk. Default: chosen from the number of rows."
@@ -51,11 +51,13 @@ class PrecomputeConfig(StageConfig):
         description="Finished cache of the same teacher whose rows are copied, so that only new rows are encoded. "
         "Default: none.",
     )
-    decode_threads: int | None = Field(None, gt=0, description="Number of threads that decode. Default: one per core.")
+    decode_threads: int | None = Field(
+        None, gt=0, description="Number of threads that decode. Default: one per core, at most 16."
+    )
     decoder: Decoder = Field(
         "pillow",
-        description="Image decoder: pillow, as in open_clip, or jpeg-scaled: faster, with slightly other pixels. Part "
-        "of the identity.",
+        description="Image decoder: pillow, as in open_clip, or jpeg-scaled: faster, other pixels. Part of the "
+        "identity.",
     )
     views: int | None = Field(
         None,
@@ -81,9 +83,7 @@ class PrecomputeConfig(StageConfig):
     executor: str = Field(
         "local", description="Executor: local (this process), ray (a cluster, or this machine) or ray://HOST:PORT."
     )
-    workers: int | None = Field(
-        None, gt=0, description="Maximum number of workers. Default: as many as there is room for."
-    )
+    workers: int | None = Field(None, gt=0, description="Number of workers at most. Default: the cluster's room.")
 
     @field_validator("max_problems", mode="before")
     @classmethod
@@ -157,5 +157,5 @@ class ProofConfig(StageConfig):
     threshold: float = Field(0.999, gt=0, le=1, description="Minimum cosine between a cached row and the live one.")
     device: Device = "auto"
     precision: Precision | None = Field(
-        None, description="Precision of the live teacher: fp32, bf16 or fp16. Default: the cache's."
+        None, description="Precision of the live teacher: fp32, bf16, pure_bf16 or fp16. Default: the cache's."
     )

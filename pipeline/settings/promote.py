@@ -62,7 +62,7 @@ class RetrainConfig(StageConfig):
     home: str = Field(description="Folder of all results: caches, runs, deployed, students.")
     student: StudentName
     pretrained: Pretrained = None
-    precision: Precision = Field("fp32", description="Precision of the teacher's forward pass. Part of the identity.")
+    precision: Precision = Field("fp32", description="The teacher's arithmetic, part of the identity.")
     dtype: StoredDtype | None = Field(
         None,
         description="Storage type of the embeddings: float16 or int8. Default: the previous cache's, else float16.",

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -65,10 +66,9 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
     if launched_rank() is not None:
         fabric = _torchrun_fabric(config, device, make)
         fabric.launch()
-        try:
-            _work_on_rank(fabric, config, progress if fabric.global_rank == 0 else None, work, args)
-        finally:
-            torch.distributed.destroy_process_group()
+        _work_on_rank(fabric, config, progress if fabric.global_rank == 0 else None, work, args)
+        # not after an error: NCCL would wait there for ranks that wait for this one, and hide the message
+        torch.distributed.destroy_process_group()
     elif config.devices == 1:
         fabric = make(devices=[device.index or 0] if device.type == "cuda" else 1)
         _work_on_rank(fabric, config, progress, work, args)
@@ -96,7 +96,12 @@ def _torchrun_fabric(config: TrainConfig, device: torch.device, make: Callable[.
     if config.batch_size % processes:
         raise UsageError(f"batch_size {config.batch_size} cannot be shared evenly by torchrun's {processes} processes")
     nodes = processes // local
-    return make(devices=local, num_nodes=nodes, strategy=DDPStrategy(), plugins=[TorchElasticEnvironment()])
+    return make(devices=local, num_nodes=nodes, strategy=_ddp(), plugins=[TorchElasticEnvironment()])
+
+
+def _ddp(**kwargs: Any) -> DDPStrategy:
+    # the other ranks wait while rank 0 measures the student; torch's 30 minutes are too short for a large split
+    return DDPStrategy(timeout=timedelta(hours=4), gradient_as_bucket_view=True, **kwargs)
 
 
 def _spawn(
@@ -116,7 +121,7 @@ def _spawn(
         )
     # spawn: flows, tests and notebooks cannot be started again as a command, and a fork server that already runs
     # would not pass on the port, which Fabric sets in the environment
-    fabric = make(devices=config.devices, strategy=DDPStrategy(start_method="spawn"))
+    fabric = make(devices=config.devices, strategy=_ddp(start_method="spawn"))
     pipes = [multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in range(config.devices)]
     receivers, senders = [pipe[0] for pipe in pipes], [pipe[1] for pipe in pipes]
     errors: list[BaseException] = []

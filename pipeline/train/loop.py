@@ -18,10 +18,11 @@ from teacher_cache.pipeline.data.batches.loader import Batch, BatchLoader
 from teacher_cache.pipeline.data.batches.pairs import PairOrder, views_used
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.batches.targets import CachedTeacher, TeacherSource
+from teacher_cache.pipeline.data.cores import loader_workers
 from teacher_cache.pipeline.evaluate.recall import mean_recall, recall_of_ranks
 from teacher_cache.pipeline.evaluate.split import embed
 from teacher_cache.pipeline.evaluate.student_rows import StudentRows
-from teacher_cache.pipeline.models.device import image_memory_format, keep_depthwise_float32
+from teacher_cache.pipeline.models.device import image_memory_format, keep_depthwise_float32, memory_told
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import RunRecord, Selection
 from teacher_cache.pipeline.models.student import Student, student_tokenizer
@@ -94,8 +95,8 @@ def train(
 
     With one view in the cache the student sees the evaluation crop, as the teacher did. With several it replays the
     stored crops of each image in turn. A killed run resumes from its last checkpoint, with the same losses as an
-    unbroken run on the same kind of device. On one device a SIGTERM or SIGINT takes effect after the current step is
-    saved; a second one takes effect at once (``teacher_cache.pipeline.train.stop_signals``).
+    unbroken run: to the last bit on a CPU, to rounding on a GPU. On one device a SIGTERM or SIGINT takes effect after
+    the current step is saved; a second one takes effect at once (``teacher_cache.pipeline.train.stop_signals``).
 
     Args:
         resume: resume the run in ``config.out``; a finished run is not changed.
@@ -157,7 +158,7 @@ def _train_rank(
     fabric: Fabric, config: TrainConfig, progress: Progress | None, resume: bool, teacher_source: MakeTeacher | None
 ) -> None:
     """Train a whole run in the process of one device."""
-    workers = _workers(config, fabric.world_size)
+    workers = _workers(config, fabric.device)
     if workers != 0:
         start_fork_server()  # imports torch while the student is built
     run = RunFolder(config.out)
@@ -175,7 +176,8 @@ def _train_rank(
         if config.select_split is not None:
             evaluated = StudentImages(cache.reader, cache.source, student.preprocess)
         tokenizer = student_tokenizer(record.student_config)
-        teacher = (teacher_source or CachedTeacher)(cache.reader)
+        pinned = fabric.device.type == "cuda"
+        teacher = teacher_source(cache.reader) if teacher_source else CachedTeacher(cache.reader, pinned)
         with closing(
             InputLoader(cache.reader, tokenizer, images, evaluated, workers, fabric.device, config.window_chunks)
         ) as inputs:
@@ -183,11 +185,12 @@ def _train_rank(
         fabric.barrier()
 
 
-def _workers(config: TrainConfig, world_size: int) -> int | None:
-    """Return the number of decoding processes per rank. By default the ranks share the number for one device."""
-    if config.workers is not None or world_size == 1:
+def _workers(config: TrainConfig, device: torch.device) -> int:
+    """Return the number of decoding processes per rank. By default the ranks of a machine share its cores."""
+    if config.workers is not None:
         return config.workers
-    return max(1, min(8, (os.cpu_count() or 1) // 2) // world_size)
+    ranks_here = config.devices if launched_rank() is None else int(os.environ["LOCAL_WORLD_SIZE"])
+    return loader_workers(device.type == "cuda", ranks_here)
 
 
 class _Trainer:
@@ -219,7 +222,8 @@ class _Trainer:
         )
         self._batches = BatchLoader(order, inputs, teacher, fabric.global_rank, fabric.world_size)
         _prepare(student, config, fabric, inputs)
-        self._model, optimizer = fabric.setup(student, adamw(student, config.learning_rate, config.weight_decay))
+        fused = fabric.device.type == "cuda"
+        self._model, optimizer = fabric.setup(student, adamw(student, config.learning_rate, config.weight_decay, fused))
         average = WeightAverage(student, config.ema_decay) if config.ema_decay else None
         queue = None
         if config.losses.get("queue", 0) > 0:
@@ -273,8 +277,9 @@ class _Trainer:
                 stop.may_act()
 
     def _take(self, batch: Batch) -> StepValues:
-        state = self._state
-        values = self._step(state.point.step, batch.pixels, batch.tokens, batch.targets, batch.pairs)
+        state, size = self._state, self._config.micro_batch or len(batch.pixels)
+        with memory_told(f"{size} images at once. --micro-batch {max(1, size // 4)} has the same loss and gradient"):
+            values = self._step(state.point.step, batch.pixels, batch.tokens, batch.targets, batch.pairs)
         if state.average is not None:
             state.average.update()
         state.point.step += 1
@@ -310,7 +315,7 @@ class _Trainer:
         split = self._cache.select_split
         with measured_weights(self._state.average):
             rows = embed(split, StudentRows(self._state.student, self._inputs, self._fabric.device))
-        recalls = recall_of_ranks(split.ranks(*rows))
+        recalls = recall_of_ranks(split.ranks(*rows, device="cpu"))  # a GPU is full of the training
         return Selection(split=split.name, mean_recall=mean_recall(recalls), recalls=recalls)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +32,7 @@ from teacher_cache.pipeline.data.batches.ready_pixels import (
     rows_bytes,
 )
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
+from teacher_cache.pipeline.data.cores import decode_threads
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.data.images.views import Crop
@@ -157,7 +157,7 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
         preprocess,
         rows,
         todo,
-        config.threads or os.cpu_count() or 1,
+        config.threads or decode_threads(),
         shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.is_dir())).free,
     )
     if plan.bytes_to_write > plan.free_bytes:

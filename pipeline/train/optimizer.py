@@ -18,16 +18,19 @@ def learning_rate_share(step: int, total_steps: int, warmup_fraction: float) -> 
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1)))
 
 
-def adamw(student: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(student: nn.Module, learning_rate: float, weight_decay: float, fused: bool = False) -> torch.optim.AdamW:
     """Build AdamW for the parameters that learn.
 
     Biases, norms and logit_scale (fewer than two dimensions) do not decay, as in open_clip.
+
+    Args:
+        fused: one kernel for all parameters, for a GPU.
     """
     learning = [parameter for parameter in student.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in learning if parameter.ndim >= 2]
     others = [parameter for parameter in learning if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=fused or None)
 
 
 class WeightAverage:

@@ -103,15 +103,18 @@ class TrainStep:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
         device = self._fabric.device
+        # float16 from a cache is widened there: half the bytes to copy
         teacher = gather_features(
-            targets.image.to(device, non_blocking=True), targets.text.to(device, non_blocking=True)
+            targets.image.to(device, non_blocking=True).float(), targets.text.to(device, non_blocking=True).float()
         )
         if self._queue is not None:
             # before the loss, so that the match of each pair is in the queue
             image, text = teacher
             self._queue.push(image.repeat_interleave(text.shape[1], dim=0), text.flatten(0, 1))
         size, captions = config.micro_batch or len(pixels), tokens.shape[1]
-        tokens = self._student.shorten(tokens.flatten(0, 1))
+        tokens = tokens.flatten(0, 1)
+        # cut on the device: a slice of pinned memory is not pinned, and its copy would wait for the GPU
+        tokens = tokens.to(device, non_blocking=True)[:, : self._student.shorten(tokens).shape[1]]
         images = torch.split(pixels, size)
         texts = torch.split(tokens, size * captions) if captions else [tokens] * len(images)
         parts_of_batch = list(zip(images, texts, strict=True))
@@ -177,7 +180,7 @@ class TrainStep:
         torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0] >> np.uint64(1)))
         output: StudentOutput = self._model(
             pixels.to(device, non_blocking=True, memory_format=self._memory_format),
-            tokens.to(device, non_blocking=True),
+            tokens,
         )
         return output
 

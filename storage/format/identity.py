@@ -63,7 +63,9 @@ class TeacherIdentity(Record):
     architecture: dict[str, Any] = Field(description="Model config of open_clip, or of transformers.")
     activation: str = Field(description="Activation of the built model: GELU, QuickGELU, ...")
     embed_dim: int = Field(gt=0, description="Width of the shared embedding space.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(description="Arithmetic of the forward pass.")
+    precision: Literal["fp32", "bf16", "pure_bf16", "fp16"] = Field(
+        description="Arithmetic of the forward pass. bf16 and fp16 are torch.autocast; pure_bf16 has bfloat16 weights."
+    )
     logit_scale: float = Field(gt=0, description="The multiplier of cosines, after exp.")
     logit_bias: float | None = Field(None, description="Added to the logits (SigLIP); absent where there is none.")
 

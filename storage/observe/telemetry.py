@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from teacher_cache.storage.errors import UsageError
@@ -154,10 +154,9 @@ class _GpuCollector:
                 memory.add_metric([name, "allocated"], torch.cuda.memory_allocated(index))
                 memory.add_metric([name, "reserved"], torch.cuda.memory_reserved(index))
                 memory.add_metric([name, "total"], torch.cuda.get_device_properties(index).total_memory)
-                try:
+                # no nvidia-ml-py, or the driver reports nothing: NVML's errors are plain exceptions
+                with suppress(Exception):
                     used.add_metric([name], torch.cuda.utilization(index) / 100)
-                except (ImportError, RuntimeError, OSError):  # no nvidia-ml-py, or the driver reports nothing
-                    continue
         yield memory
         yield used
 

@@ -26,6 +26,7 @@ from teacher_cache.pipeline.data.batches.fork_server import start_fork_server
 from teacher_cache.pipeline.data.batches.pairs import Pairs, stored_crops
 from teacher_cache.pipeline.data.batches.ready_pixels import PixelFiles, ReadyPixels
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
+from teacher_cache.pipeline.data.cores import loader_workers
 from teacher_cache.storage.errors import CacheError
 from teacher_cache.storage.files.location import results_ahead
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -114,12 +115,14 @@ def _end_with_training() -> None:
 
 
 def _loader(dataset: _Inputs, batches: _Batches, workers: int | None, device: torch.device) -> DataLoader[Any]:
-    workers = min(8, (os.cpu_count() or 1) // 2) if workers is None else workers
+    workers = loader_workers(device.type == "cuda") if workers is None else workers
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
+        # at most 16 batches: containers have little shared memory, and one of 1,024 pictures takes 154 MB
+        prefetch_factor=None if workers == 0 else 2 if workers <= 8 else 1,
         pin_memory=device.type == "cuda",
         worker_init_fn=_start_worker,
         persistent_workers=workers > 0,
@@ -133,8 +136,8 @@ class InputLoader:
     Args:
         learned: images of training pairs.
         evaluated: images of :meth:`evaluation_crops`, or None.
-        workers: number of processes that decode; 0 decodes in this process. Default: half the cores, at most 8, since
-            the training step needs the others.
+        workers: number of processes that decode; 0 decodes in this process. Default:
+            :func:`teacher_cache.pipeline.data.cores.loader_workers`.
         window_chunks: number of chunks in a shuffle window. Table rows of two windows are kept in memory.
     """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,11 +98,7 @@ class Preprocess(ModelInput):
         Returns:
             float32 (batch, 3, height, width).
         """
-        # device tensors, not Python numbers: CUDA multiplies by the reciprocal of a number
-        mean, std, levels = (
-            torch.tensor(values, dtype=torch.float32, device=shown.device).reshape(-1, 1, 1)
-            for values in (self.mean, self.std, (255.0,))
-        )
+        mean, std, levels = (_on_device(values, shown.device) for values in (self.mean, self.std, (255.0,)))
         # transpose before the cast: bytes are a quarter of the floats
         return shown.permute(0, 3, 1, 2).contiguous().float().div_(levels).sub_(mean).div_(std)
 
@@ -139,6 +136,15 @@ class Preprocess(ModelInput):
             rows, columns = (np.linspace(0, length - 1, 12).round().astype(int) for length in self.size)
             pixels.append(np.clip(seen[:, rows][:, :, columns] * 255, 0, 255).round().astype(np.uint8))
         return base64.b64encode(np.stack(pixels).tobytes()).decode()
+
+
+@lru_cache(maxsize=64)
+def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return values by channel as float32 (channels, 1, 1) on a device. Copied once: each copy waits for a GPU's work.
+
+    Tensors, not Python numbers: CUDA multiplies by the reciprocal of a number.
+    """
+    return torch.tensor(values, dtype=torch.float32, device=device).reshape(-1, 1, 1)
 
 
 def handed_on(teacher: PreprocessIdentity) -> dict[str, Any]:

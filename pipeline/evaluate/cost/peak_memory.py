@@ -141,7 +141,7 @@ def _forget_peak() -> None:
 def _cuda_peak(torch: Any) -> int | None:
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
-    return int(torch.cuda.max_memory_allocated())
+    return max(int(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count()))
 
 
 if __name__ == "__main__":

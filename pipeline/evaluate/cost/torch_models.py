@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from teacher_cache.pipeline.evaluate.cost.peak_memory import ProbeRequest
 from teacher_cache.pipeline.evaluate.cost.results import MeasuredModel, ModelFacts, TowerFlops, captions
-from teacher_cache.pipeline.models.device import image_memory_format, resolve_device
+from teacher_cache.pipeline.models.device import full_float32, image_memory_format, resolve_device
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS
 from teacher_cache.pipeline.models.student import load_student, student_tokenizer
 from teacher_cache.pipeline.models.teacher import load_teacher
@@ -95,7 +95,7 @@ class TorchModel:
         return shorten(tokens) if self._shortens else tokens
 
     def _finish(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), full_float32():
             # cpu() waits for the GPU
             return F.normalize(encode(inputs).float(), dim=-1).cpu()
 

@@ -281,7 +281,12 @@ class FakeGpu:
                 return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
         patch.setattr(faiss, "get_num_gpus", lambda: self.gpus)
-        patch.setattr(faiss, "StandardGpuResources", object, raising=False)
+
+        class Resources:
+            def setTempMemory(self, size: int) -> None:  # as faiss spells it
+                assert size <= 256 << 20, "a training on the same GPU needs the rest"
+
+        patch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
         patch.setattr(faiss, "GpuIndexFlatConfig", Config, raising=False)
         patch.setattr(faiss, "GpuIndexFlatIP", Index, raising=False)
         patch.setattr(faiss, "knn", lambda *args, **more: pytest.fail("searched on the CPU"))

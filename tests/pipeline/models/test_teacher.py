@@ -52,7 +52,7 @@ def test_identity_follows_weights_not_names(tiny_teacher: Path, tmp_path: Path) 
     assert (here.name, there.name, here.embed_dim) == ("local-dir:tiny", "local-dir:moved", 16)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "pure_bf16", "fp16"])
 def test_lower_precision_stays_close(tiny_teacher: Path, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     exact = load_teacher(f"local-dir:{tiny_teacher}", device="cpu")
     lower = load_teacher(f"local-dir:{tiny_teacher}", device="cpu", precision=precision)  # type: ignore[arg-type]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 from pathlib import Path
 
 import pytest
+import torch
 
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.plan import plan_precompute
@@ -82,3 +84,19 @@ def test_an_error_survives_the_way_to_the_driver(
     assert str(error) in str(outcome.error)
     assert outcome.transient is transient
     assert getattr(outcome.error, "errno", None) == getattr(error, "errno", None)
+
+
+def test_a_broken_gpu_ends_its_actor_alone(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA can do nothing more in that process. The driver gives the chunks of a lost actor to others."""
+    actor, refs = started(config, monkeypatch), EmbeddingWriter(config.cache).pending()
+
+    def fail(*others: object) -> None:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+    def ended(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("teacher_cache.pipeline.precompute.ray_executor.encode_claimed", fail)
+    monkeypatch.setattr(os, "_exit", ended)
+    with pytest.raises(SystemExit, match="1"):
+        actor.encode(refs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher, load_tea
 from teacher_cache.pipeline.precompute.encode import encode_chunks, encode_shared
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.manifest import StaticFile
@@ -96,6 +98,68 @@ def test_each_row_is_read_decoded_and_encoded_once(
     }
     assert set(opened.values()) == {1}
     assert len(opened) == IMAGES
+
+
+def test_the_thread_that_runs_the_teacher_syncs_no_file(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a claim nor a chunk: a slow disk does not hold up the forward pass."""
+    settings, teacher, refs = planned
+    syncs: Counter[bool] = Counter()
+    sync, inside = os.fsync, threading.local()
+
+    def fsync(descriptor: int) -> None:
+        syncs[getattr(inside, "encodes", False)] += 1
+        sync(descriptor)
+
+    encode = teacher_cache.pipeline.precompute.encode._Encoder.encode
+
+    def encoding(self: Any, stretches: Any) -> None:
+        inside.encodes = True
+        encode(self, stretches)
+        inside.encodes = False
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(teacher_cache.pipeline.precompute.encode._Encoder, "encode", encoding)
+    assert encode_shared(settings, teacher, refs) == len(refs)
+    assert syncs[True] == 0
+    assert syncs[False] > len(refs)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            UsageError,
+            r"too little memory: 4 rows .*--batch-size 1",
+        ),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), torch.AcceleratorError, "illegal"),
+    ],
+)
+def test_errors_of_a_gpu_say_what_to_do_or_where(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], message: str
+) -> None:
+    settings, teacher, refs = planned
+
+    def fail(self: Encoded) -> None:
+        raise error
+
+    monkeypatch.setattr(Encoded, "_wait", fail)
+    with pytest.raises(kind, match=message) as raised:
+        encode_chunks(settings, teacher, refs)
+    told = [] if kind is UsageError else ["while the GPU encoded chunk image/v0/000000 or the one after it"]
+    assert getattr(raised.value, "__notes__", []) == told
+
+
+def test_want_of_memory_quarantines_no_image(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own is a RuntimeError."""
+    settings, teacher, refs = planned
+
+    def shown(self: Preprocess, image: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Preprocess, "shown", shown)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        encode_chunks(settings, teacher, refs)
 
 
 def test_the_teacher_gets_the_bytes_that_the_decoders_wrote(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:

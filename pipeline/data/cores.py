@@ -1,0 +1,45 @@
+"""Cores that this process may use, which in a container are fewer than the machine has."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MOST_THREADS = 16  # threads that decode share Python's lock: more take turns away from the one that feeds the teacher
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use: its affinity, and the CPU quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _quota() or cores))
+
+
+def decode_threads() -> int:
+    """Return the default number of threads that decode images in one process."""
+    return min(usable_cores(), _MOST_THREADS)
+
+
+def loader_workers(cuda: bool, processes: int = 1) -> int:
+    """Return the default number of processes that decode for one training process.
+
+    Args:
+        cuda: the student is on a GPU, which leaves all cores but one to decoding; else the step needs half of them.
+        processes: number of training processes on this machine, which share its cores.
+    """
+    if cuda:
+        return max(1, min(_MOST_THREADS, usable_cores() // processes - 1))
+    workers = min(8, usable_cores() // 2)
+    return workers if processes == 1 else max(1, workers // processes)
+
+
+def _quota() -> int | None:
+    """Return the cores of the CPU quota, rounded up, of cgroups 2 or 1. None: no quota."""
+    with suppress(OSError, ValueError):
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        return -(-int(quota) // int(period)) if quota != "max" else None
+    with suppress(OSError, ValueError):
+        quota, period = ((_CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return -(-int(quota) // int(period)) if int(quota) > 0 else None
+    return None
