@@ -152,9 +152,7 @@ class TrainConfig(StageConfig):
     seed: Seed = Field(0, description="Seed of initial weights, order and choice of captions.")
     device: Device = "auto"
     devices: int = Field(1, gt=0, description="Number of devices of this machine that share each batch.")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Precision of the forward pass. Losses are always in float32."
-    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Precision of the forward pass; losses are float32.")
     compile: bool = Field(
         False, description="Compile both towers: takes minutes at the start, then steps are faster on a GPU."
     )
