@@ -88,9 +88,9 @@ def parameters_of(
         @functools.wraps(function)
         def flow(*, advanced: Any = None, **given: Any) -> Any:
             settings = dict(**{name: value for name, value in given.items() if value != ""}, **(advanced or {}))
-            mine = check_config(checked, {name: settings[name] for name in settings.keys() & own}, where)
+            checked_settings = check_config(checked, {name: settings[name] for name in settings.keys() & own}, where)
             try:
-                return function(**settings | mine.model_dump(exclude_unset=True))
+                return function(**settings | checked_settings.model_dump(exclude_unset=True))
             except Exception as error:
                 in_parameters(where, error)
                 raise

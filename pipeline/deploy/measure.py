@@ -265,12 +265,12 @@ def _row(
     subject: Subject, model: _Model, teacher: _Model, cost: CostResult, places: Mapping[str, Classification]
 ) -> TableRow:
     recalls = recall_of_ranks(model.ranks)
-    accuracy = kept = kept_accuracy = None
+    accuracy = retention = kept_accuracy = None
     if places:
         common = common_rows(*places.values())
         accuracy = places[model.name].accuracies(common)
     if model is not teacher:
-        kept = _retention(model.ranks, teacher.ranks, subject.split.text_image)
+        retention = _retention(model.ranks, teacher.ranks, subject.split.text_image)
         if places:
             ours, theirs = places[model.name].hits(common), places[teacher.name].hits(common)
             share = 100 * float(ours.sum()) / float(theirs.sum()) if theirs.any() else None
@@ -286,7 +286,7 @@ def _row(
         recalls=recalls,
         mean_recall=mean_recall(recalls),
         cosine=model.cosine,
-        retention=kept,
+        retention=retention,
         zero_shot=accuracy,
         zero_shot_retention=kept_accuracy,
     )

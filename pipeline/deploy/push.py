@@ -145,8 +145,8 @@ def _hub(repository: str) -> Iterator[HfApi]:
     except Exception as error:
         cause = error.__cause__ or error
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        said = printable(getattr(cause, "server_message", None) or str(cause).strip().partition("\n")[0])
-        text = f"{repository}: {host} did not take it ({said})."
+        answer = printable(getattr(cause, "server_message", None) or str(cause).strip().partition("\n")[0])
+        text = f"{repository}: {host} did not take it ({answer})."
         if status in _NEXT:
             raise UsageError(f"{text} {_NEXT[status]}") from error
         raise ConnectionError(f"{text} A push is one commit, so no file was replaced alone. Push again") from error

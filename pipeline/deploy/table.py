@@ -125,8 +125,8 @@ def _cell(value: Callable[[TableRow], Any], show: Callable[[Any], str]) -> _Cell
     """Return the function that gives the cell of a row: a dash without a value."""
 
     def cell(row: TableRow) -> str:
-        given = value(row)
-        return "-" if given is None else show(given)
+        number = value(row)
+        return "-" if number is None else show(number)
 
     return cell
 

@@ -47,8 +47,8 @@ def hub_config(name: str, what: str) -> dict[str, Any]:
     except UsageError:
         raise
     except Exception as error:  # of HTTP, the library or a file that is no config
-        said = f"gives no {CHECKPOINT_CONFIG} ({printable(' '.join(str(error).split()))}). Try again, or name another"
-        advice = next((advice for kind, advice in _ADVICE if isinstance(error, kind)), said)
+        other = f"gives no {CHECKPOINT_CONFIG} ({printable(' '.join(str(error).split()))}). Try again, or name another"
+        advice = next((advice for kind, advice in _ADVICE if isinstance(error, kind)), other)
         raise UsageError(f"{what}: {printable(repository)} on {host} {advice}") from error
 
 

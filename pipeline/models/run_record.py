@@ -154,8 +154,8 @@ def require_checkpoint(folder: Path) -> None:
     if not (folder / CHECKPOINT_CONFIG).is_file() or not (folder / CHECKPOINT_WEIGHTS).is_file():
         newest = max(folder.glob("checkpoints/epoch-*"), default=None)
         hint = f"; {folder} is a run: write {newest}" if newest else ""
-        wanted = f"{CHECKPOINT_CONFIG} and {CHECKPOINT_WEIGHTS} wanted"
-        raise UsageError(f"{folder}: no student checkpoint here ({wanted}){hint}")
+        needed = f"{CHECKPOINT_CONFIG} and {CHECKPOINT_WEIGHTS} wanted"
+        raise UsageError(f"{folder}: no student checkpoint here ({needed}){hint}")
 
 
 def open_clip_config(checkpoint: Path) -> str:

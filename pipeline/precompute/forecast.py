@@ -216,9 +216,9 @@ def _planned_unread(
         problems = read_table(files, have, PROBLEMS).to_pylist()
         lost = {problem["where"] for problem in problems if problem["lost_image"]}
         samples = [sample for sample in samples if sample.sample_id in known or printable(sample.sample_id) not in lost]
-    kept = replace(listed, samples=samples)
-    tables = dataset_tables(kept, [known.get(sample.sample_id, "") for sample in samples])
-    return PlannedDataset(settings, spec, kept, tables, settings.identity(teacher, dataset_identity(spec, tables)))
+    readable = replace(listed, samples=samples)
+    tables = dataset_tables(readable, [known.get(sample.sample_id, "") for sample in samples])
+    return PlannedDataset(settings, spec, readable, tables, settings.identity(teacher, dataset_identity(spec, tables)))
 
 
 def _layout(settings: PlanSettings, identity: CacheIdentity, device: str) -> tuple[Layout, list[ChunkRef]]:

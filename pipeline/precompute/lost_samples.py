@@ -28,8 +28,8 @@ def require_few_problems(config: PrecomputeConfig, spec: DatasetSpec, dataset: S
             "without them; --max-problems 10% caches what can be read"
         )
     _require_few_lost_captions(config, dataset)
-    asked = dict(spec.options).get("uncaptioned") == "drop"
-    lost = [one for one in dataset.problems if one.lost_image and not (asked and one.kind == "no-caption")]
+    drops = dict(spec.options).get("uncaptioned") == "drop"
+    lost = [one for one in dataset.problems if one.lost_image and not (drops and one.kind == "no-caption")]
     images = len(dataset.samples) + len(lost)
     if len(lost) <= (allowed := config.allowed_problems(images)):
         return

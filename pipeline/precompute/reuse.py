@@ -195,11 +195,11 @@ def dataset_changes(files: CacheFiles, have: CacheManifest, tables: Mapping[str,
     """Compare the images of a cache with the tables of a dataset."""
     old, new = read_table(files, have, SAMPLES, ["sample_id", "content_sha256"]), tables[SAMPLES]
     places = pc.index_in(old["sample_id"], value_set=new["sample_id"].combine_chunks())
-    kept = old.filter(pc.is_valid(places))
-    other = pc.not_equal(kept["content_sha256"], new["content_sha256"].take(places.drop_null()))
+    copied = old.filter(pc.is_valid(places))
+    other = pc.not_equal(copied["content_sha256"], new["content_sha256"].take(places.drop_null()))
     removed = old.filter(pc.is_null(places))["sample_id"].to_pylist()
-    changed = kept.filter(other)["sample_id"].to_pylist()
-    return DatasetChanges(len(kept), len(new) - len(kept), removed, changed)
+    changed = copied.filter(other)["sample_id"].to_pylist()
+    return DatasetChanges(len(copied), len(new) - len(copied), removed, changed)
 
 
 def known_rows(reuse: str | None, writer: EmbeddingWriter) -> CachedRows | CachedChunks | None:

@@ -220,8 +220,8 @@ def decide(
     """
     share = result.retention["mean"] if result.retention else None
     if min_retention is not None and (share is None or share < min_retention):
-        kept = "an unknown share" if share is None else f"{share:.1f} %"
-        return False, f"keeps {kept} of the teacher's mean recall, at least {min_retention:g} % wanted"
+        shown_share = "an unknown share" if share is None else f"{share:.1f} %"
+        return False, f"keeps {shown_share} of the teacher's mean recall, at least {min_retention:g} % wanted"
     if comparison is None:
         return True, "the first: there was no champion to compare it with"
     least = 100 - comparison.margin

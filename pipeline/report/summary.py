@@ -65,24 +65,24 @@ def facts(data: ReportData) -> list[Fact]:
     """Return the main facts. Numbers of teacher and student are of the same images."""
     info, students = data.info, _students(data)
     images = info.identity.dataset.images
-    found: list[Fact] = []
+    facts: list[Fact] = []
     if info.images_encoded is None:
-        found.append(("Encoded", f"{_done(info):.0f} %", f"{info.chunks_committed:,} of {info.chunks:,} chunks"))
-        found.append(("Images", f"{images:,}", "in the dataset"))
+        facts.append(("Encoded", f"{_done(info):.0f} %", f"{info.chunks_committed:,} of {info.chunks:,} chunks"))
+        facts.append(("Images", f"{images:,}", "in the dataset"))
     else:
         share = "all have" if info.images_encoded == images else f"of {images:,} have"
-        found.append(("Images", f"{info.images_encoded:,}", f"{share} an embedding"))
-    found.append(("Captions", f"{info.identity.dataset.captions:,}", f"{info.layout.embed_dim} dimensions each"))
+        facts.append(("Images", f"{info.images_encoded:,}", f"{share} an embedding"))
+    facts.append(("Captions", f"{info.identity.dataset.captions:,}", f"{info.layout.embed_dim} dimensions each"))
     size = f"{info.identity.targets.dtype}, {counted(info.layout.views, 'view')} an image"
-    found.append(("Embeddings", byte_size(info.target_bytes), size))
+    facts.append(("Embeddings", byte_size(info.target_bytes), size))
     if students:
         best = _best(students)
-        found.append(("Teacher's mean recall", f"{best.teacher_recall:.1f} %", f"on {best.on}"))
-        found.append(("Student's mean recall", f"{best.recall:.1f} %", f"{best.student} on the same images"))
+        facts.append(("Teacher's mean recall", f"{best.teacher_recall:.1f} %", f"on {best.on}"))
+        facts.append(("Student's mean recall", f"{best.recall:.1f} %", f"{best.student} on the same images"))
     elif data.recall is not None:
         both = f"{data.recall.i2t['R@1']:.1f} / {data.recall.t2i['R@1']:.1f} %"
-        found.append(("Teacher's R@1", both, f"image → text / text → image, {data.recall.images:,} images"))
-    return [*found, *_quarantine(info)]
+        facts.append(("Teacher's R@1", both, f"image → text / text → image, {data.recall.images:,} images"))
+    return [*facts, *_quarantine(info)]
 
 
 def about(data: ReportData) -> dict[str, str]:

@@ -95,8 +95,8 @@ def _read_tables(path: Path, settings: Collection[str]) -> dict[str, Any]:
         raise UsageError(f"{path}: no such run file{hint}") from error
     except IsADirectoryError as error:
         pictures = f". If it is a folder of pictures: --dataset {path}" * ("dataset" in settings)
-        told = misplaced(str(path), RUN_FILE, settings) or f"{path}: is a folder, not a run file{pictures}"
-        raise UsageError(told) from error
+        problem = misplaced(str(path), RUN_FILE, settings) or f"{path}: is a folder, not a run file{pictures}"
+        raise UsageError(problem) from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -62,8 +62,8 @@ class MeanConfig(StageConfig):
     @classmethod
     def _check_several(cls, runs: tuple[str, ...]) -> tuple[str, ...]:
         if len(runs) < 2:
-            found = f"only {runs[0]}" if runs else "none"
-            raise ValueError(f"a mean is of two runs or more, found {found}; name others that began at the same --init")
+            given = f"only {runs[0]}" if runs else "none"
+            raise ValueError(f"a mean is of two runs or more, found {given}; name others that began at the same --init")
         return runs
 
 

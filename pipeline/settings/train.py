@@ -292,6 +292,6 @@ class OpenClipTrainConfig(StageConfig):
     @field_validator("arguments")
     @classmethod
     def _check_teacher(cls, arguments: tuple[str, ...]) -> tuple[str, ...]:
-        if given := [word for word in arguments if word.startswith("--distill")]:
-            raise ValueError(f"{given[0]} names a teacher, and here the cache is the teacher; leave it out")
+        if distill_options := [word for word in arguments if word.startswith("--distill")]:
+            raise ValueError(f"{distill_options[0]} names a teacher, and here the cache is the teacher; leave it out")
         return arguments

@@ -137,8 +137,8 @@ def _fitted(config: TrainConfig) -> TrainConfig:
     if fitted.split != config.split:
         name = repr(fitted.split) if fitted.split else "all its images"
         way_out = "" if fitted.split else ". To measure on others, precompute with ?holdout=10%% behind the dataset"
-        told = "%s: there is no split %r; the student learns from %s" + way_out
-        _LOG.warning(told, config.cache, config.split, name)
+        warning = "%s: there is no split %r; the student learns from %s" + way_out
+        _LOG.warning(warning, config.cache, config.split, name)
     if fitted.batch_size != config.batch_size:
         fewer = "%s: fewer images than a batch of %d: batches of %d"
         _LOG.warning(fewer, config.cache, config.batch_size, fitted.batch_size)

@@ -289,8 +289,8 @@ def _zarr_metadata(record: PixelsRecord) -> dict[str, bytes]:
 
 def _continued(new: PixelsRecord, old: PixelsRecord, out: str) -> PixelsRecord:
     """Return the record with more views."""
-    wanted = new.model_dump(exclude={"cache", "views"})
-    differ = old.differences({**wanted, "crops_sha256": new.crops_sha256[: old.views - 1]})
+    settings = new.model_dump(exclude={"cache", "views"})
+    differ = old.differences({**settings, "crops_sha256": new.crops_sha256[: old.views - 1]})
     if differ:
         raise CacheMismatchError(
             f"{out}: holds other pixels: {'; '.join(differ)}. Choose another --out, or delete the folder."

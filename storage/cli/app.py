@@ -67,8 +67,8 @@ class Command(click.Command):
             name = error.option_name.lstrip("-").replace("-", "_")
             if any(isinstance(param, click.Argument) and param.name == name for param in self.params):
                 placed = f"{ctx.command_path} {name.upper()}"
-                told = f"No such option {error.option_name!r}. It stands without a flag: {placed}"
-                raise click.UsageError(told, ctx) from error
+                message = f"No such option {error.option_name!r}. It stands without a flag: {placed}"
+                raise click.UsageError(message, ctx) from error
             raise
         for param, times in Counter(order).items():
             if times > 1 and isinstance(param, click.Option) and not (param.multiple or param.is_flag):
@@ -149,8 +149,8 @@ class Group(click.Group):
         except click.NoSuchOption as error:
             if ctx.parent is None:
                 raise
-            told = f"No such option {error.option_name!r}. {self._first_a_command(ctx)}"
-            raise click.UsageError(told, ctx) from error
+            message = f"No such option {error.option_name!r}. {self._first_a_command(ctx)}"
+            raise click.UsageError(message, ctx) from error
 
     def _first_a_command(self, ctx: click.Context) -> str:
         return f"A command stands first: {ctx.command_path} {' or '.join(self.list_commands(ctx))}"

@@ -298,8 +298,8 @@ def _image_commits(
         except CacheCorruptError:
             return None  # verify names it
 
-    found = zip(images, in_parallel(files, commit_of, images), strict=True)
-    return {ref: commit for ref, commit in found if commit is not None}
+    commits = zip(images, in_parallel(files, commit_of, images), strict=True)
+    return {ref: commit for ref, commit in commits if commit is not None}
 
 
 def _remaining(coverage: Sequence[Coverage], rates: dict[Tower, float | None]) -> float | None:

@@ -109,11 +109,11 @@ class _Keys:
 
     def rows(self, contents: Sequence[str]) -> NDArray[np.int64]:
         """Return the row of each content, -1 for none."""
-        wanted = _digests(contents)
-        at = np.searchsorted(self._keys, wanted)
-        rows = np.full(len(wanted), -1, np.int64)
+        digests = _digests(contents)
+        at = np.searchsorted(self._keys, digests)
+        rows = np.full(len(digests), -1, np.int64)
         held = np.flatnonzero(at < len(self._keys))
-        held = held[self._keys[at[held]] == wanted[held]]
+        held = held[self._keys[at[held]] == digests[held]]
         rows[held] = self._order[at[held]]
         return rows
 

@@ -297,9 +297,9 @@ def text_encoding(name: str) -> str:
         UsageError: no text encoding has this name.
     """
     try:
-        found = codecs.lookup(name)
-        if found._is_text_encoding:
-            return found.name
+        codec = codecs.lookup(name)
+        if codec._is_text_encoding:
+            return codec.name
     except (LookupError, ValueError):
         pass
     raise UsageError(f"encoding={printable(name)!r} is not known; write for example encoding=latin-1")

@@ -71,8 +71,8 @@ def read(
         classes = class_prompts(listing, prompts, templates, class_names)
     except UsageError as error:
         # what zero-shot has flags for stands behind the name here
-        said = _FLAG.sub(lambda flag: f"?{flag[1].replace('-', '_')}=", str(error))
-        raise UsageError(said.replace("?classes=", "?class_names=")) from error
+        message = _FLAG.sub(lambda flag: f"?{flag[1].replace('-', '_')}=", str(error))
+        raise UsageError(message.replace("?classes=", "?class_names=")) from error
     yield from listing.problems
     holder = next((number for number, image in enumerate(listing.images) if _is_there(root, image)), 0)
     captions = tuple(chain.from_iterable(classes.prompts))
