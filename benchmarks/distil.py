@@ -31,9 +31,9 @@ import torch
 
 from teacher_cache.pipeline.evaluate.recall import mean_recall
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
-from teacher_cache.pipeline.models.average import mean
+from teacher_cache.pipeline.models.derive.average import mean
+from teacher_cache.pipeline.models.derive.resize import resize
 from teacher_cache.pipeline.models.inherit.run import inherit
-from teacher_cache.pipeline.models.resize import resize
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_CONFIG, RunRecord
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig

@@ -22,7 +22,7 @@ from teacher_cache.storage.observe.quantities import byte_size, counted, duratio
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.precompute.forecast import Forecast
-    from teacher_cache.pipeline.precompute.import_folder import ImportResult
+    from teacher_cache.pipeline.precompute.foreign.import_folder import ImportResult
     from teacher_cache.pipeline.precompute.run import PrecomputeResult
     from teacher_cache.pipeline.precompute.sample_proof import ProofResult
 
@@ -85,11 +85,11 @@ def import_folder(config: ImportConfig, as_json: bool) -> None:
 
     Stop it at any time and run it again to continue.
     """
-    from teacher_cache.pipeline.precompute.datacomp_dr import open_foreign  # pyarrow
+    from teacher_cache.pipeline.precompute.foreign.datacomp_dr import open_foreign  # pyarrow
 
     open_foreign(config.folder, config.columns)  # a wrong one is refused before torch is imported
     with resumable(chunks_committed(config.cache)):
-        from teacher_cache.pipeline.precompute.import_folder import import_rows  # as above
+        from teacher_cache.pipeline.precompute.foreign.import_folder import import_rows  # as above
 
         with StageProgress() as progress:
             result = import_rows(config, progress)

@@ -42,7 +42,7 @@ def _inherit(config: InheritConfig, as_json: bool) -> None:
 @json_flag
 def _mean(config: MeanConfig, as_json: bool) -> None:
     """Average the weights of runs that started from the same weights: one student of the same size, often better."""
-    from teacher_cache.pipeline.models.average import mean
+    from teacher_cache.pipeline.models.derive.average import mean
 
     record = mean(config)
     lines = [
@@ -65,7 +65,7 @@ def _resize(config: ResizeConfig, as_json: bool) -> None:
     A convolutional student is often better at more pixels than in training. The positions of a transformer are
     interpolated and need some more training.
     """
-    from teacher_cache.pipeline.models.resize import resize
+    from teacher_cache.pipeline.models.derive.resize import resize
 
     record = resize(config)
     print_result(record, as_json, lambda _: _resized_lines(config, record))

@@ -14,7 +14,7 @@ from teacher_cache.pipeline.data.batches.fork_server import start_fork_server
 from teacher_cache.pipeline.settings.recipes import RECIPE_SETTINGS
 from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.pipeline.train.trackers import require_trackers
+from teacher_cache.pipeline.train.log.trackers import require_trackers
 from teacher_cache.storage.cli.app import json_flag, print_result
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import say, suggest_next

@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from pydantic import BaseModel
 
 from teacher_cache.pipeline.deploy.card import on_hub, run_card
-from teacher_cache.pipeline.deploy.openvino_ir import FOLDER as OPENVINO
+from teacher_cache.pipeline.deploy.formats.openvino_ir import FOLDER as OPENVINO
 from teacher_cache.pipeline.deploy.record import RECORD, Artefact, Deployment
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 from teacher_cache.pipeline.models.hub import hub_answers

@@ -21,15 +21,15 @@ from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.decode import decode_image
 from teacher_cache.pipeline.data.images.model_input import ModelInput
 from teacher_cache.pipeline.deploy.card import draw_table, model_card
-from teacher_cache.pipeline.deploy.export_onnx import export_towers
+from teacher_cache.pipeline.deploy.formats.export_onnx import export_towers
+from teacher_cache.pipeline.deploy.formats.openvino_ir import write_openvino
+from teacher_cache.pipeline.deploy.formats.quantize import NotQuantisable, quantize_tower
+from teacher_cache.pipeline.deploy.formats.web import write_web
 from teacher_cache.pipeline.deploy.gates import require_finite_weights
 from teacher_cache.pipeline.deploy.measure import Subject, measure
-from teacher_cache.pipeline.deploy.openvino_ir import write_openvino
-from teacher_cache.pipeline.deploy.quantize import NotQuantisable, quantize_tower
 from teacher_cache.pipeline.deploy.record import Artefact, Deployment, Variant, versions
 from teacher_cache.pipeline.deploy.table import Int8Report, StudentTable, to_markdown
 from teacher_cache.pipeline.deploy.tokens import tokenization_of
-from teacher_cache.pipeline.deploy.web import write_web
 from teacher_cache.pipeline.evaluate.labelled_images import open_labelled
 from teacher_cache.pipeline.evaluate.learned import count_learned
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit, open_split

@@ -19,7 +19,7 @@ from PIL import Image
 from teacher_cache.pipeline.data.datasets.files import open_regular
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image, load_image
 from teacher_cache.pipeline.data.images.model_input import RESIZE_MODES, ModelInput
-from teacher_cache.pipeline.deploy.openvino_ir import load_openvino
+from teacher_cache.pipeline.deploy.formats.openvino_ir import load_openvino
 from teacher_cache.pipeline.deploy.record import RECORD, Deployment, Variant
 from teacher_cache.pipeline.deploy.tokens import StudentTokens, runtime_package
 from teacher_cache.storage.errors import UsageError

@@ -76,8 +76,8 @@ class ResizedRun(BaseModel, frozen=True):
 class RunRecord(BaseModel):
     """Content of ``run.json``: student, cache, settings and progress.
 
-    For a mean of runs (``teacher_cache.pipeline.models.average``) ``config`` is the first run's, and steps and seconds
-    are sums.
+    For a mean of runs (``teacher_cache.pipeline.models.derive.average``) ``config`` is the first run's, and steps and
+    seconds are sums.
     """
 
     model_config = ConfigDict(frozen=True)

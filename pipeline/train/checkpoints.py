@@ -29,10 +29,10 @@ from teacher_cache.pipeline.models.run_folder import RESUME, RunFolder
 from teacher_cache.pipeline.models.run_record import BestRecord, EpochRecord, RunRecord
 from teacher_cache.pipeline.models.student import Student, save_student
 from teacher_cache.pipeline.models.weights import write_weights
+from teacher_cache.pipeline.train.log.step_log import EpochSums, StepLog
+from teacher_cache.pipeline.train.log.trackers import Trackers
 from teacher_cache.pipeline.train.losses import TeacherQueue
 from teacher_cache.pipeline.train.optimizer import WeightAverage, measured_weights
-from teacher_cache.pipeline.train.step_log import EpochSums, StepLog
-from teacher_cache.pipeline.train.trackers import Trackers
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import event, logger
 

@@ -6,7 +6,7 @@ import logging
 import warnings
 from pathlib import Path
 
-from teacher_cache.pipeline.deploy.export_onnx import export_towers
+from teacher_cache.pipeline.deploy.formats.export_onnx import export_towers
 from teacher_cache.pipeline.deploy.record import Artefact, Deployment
 from teacher_cache.pipeline.deploy.tokens import tokenization_of
 from teacher_cache.pipeline.models.student import load_student, student_tokenizer

@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 
-from teacher_cache.pipeline.deploy.export_onnx import OPSET, ExportedTowers, export_towers
+from teacher_cache.pipeline.deploy.formats.export_onnx import OPSET, ExportedTowers, export_towers
 from teacher_cache.pipeline.deploy.gates import least_cosine, require_parity
 from teacher_cache.pipeline.deploy.record import DeploymentError
 from teacher_cache.pipeline.models.student import Student
@@ -94,7 +94,7 @@ def test_the_student_is_left_as_it_was(tmp_path: Path) -> None:
 def test_another_process_writes_the_same_bytes(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.pipeline.models.towers import make_student; "
-        "from teacher_cache.pipeline.deploy.export_onnx import export_towers; export_towers(make_student('vit'), Path(sys.argv[1]))"  # noqa: E501
+        "from teacher_cache.pipeline.deploy.formats.export_onnx import export_towers; export_towers(make_student('vit'), Path(sys.argv[1]))"  # noqa: E501
     )
     run = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
     subprocess.run(run, check=True, env={**os.environ, "PYTHONHASHSEED": "3"})

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from teacher_cache.pipeline.deploy import runtime
+from teacher_cache.pipeline.deploy.formats.openvino_ir import load_openvino, write_openvino
 from teacher_cache.pipeline.deploy.gates import least_cosine
-from teacher_cache.pipeline.deploy.openvino_ir import load_openvino, write_openvino
 from teacher_cache.pipeline.deploy.record import Deployment, DeploymentError
 from teacher_cache.pipeline.deploy.run import deploy
 from teacher_cache.pipeline.deploy.runtime import StudentRuntime

@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-import teacher_cache.pipeline.deploy.static_int8
+import teacher_cache.pipeline.deploy.formats.static_int8
 import teacher_cache.pipeline.models
 from teacher_cache.pipeline.data.datasets.adapters.scenes import render_scene
-from teacher_cache.pipeline.deploy.export_onnx import ExportedTowers, export_towers
-from teacher_cache.pipeline.deploy.quantize import NotQuantisable, quantisation_of, quantize_tower
-from teacher_cache.pipeline.deploy.quantize import _patches_by_matmul as patches_by_matmul
+from teacher_cache.pipeline.deploy.formats.export_onnx import ExportedTowers, export_towers
+from teacher_cache.pipeline.deploy.formats.quantize import NotQuantisable, quantisation_of, quantize_tower
+from teacher_cache.pipeline.deploy.formats.quantize import _patches_by_matmul as patches_by_matmul
 from teacher_cache.pipeline.deploy.table import Int8Report
 from teacher_cache.pipeline.models.student import Student, load_student
 from teacher_cache.storage.errors import UsageError
@@ -143,7 +143,7 @@ def test_the_rounding_of_weights_does_not_shift_the_mean(
     for name in ("corrected", "plain"):
         quantize_tower(tmp_path / "tower.onnx", tmp_path / name, [pixels])
         error[name] = np.abs(run_onnx(tmp_path / name, pixels).mean((0, 2, 3)) - wanted).mean()
-        monkeypatch.setattr(teacher_cache.pipeline.deploy.static_int8, "_correct_biases", lambda *_: None)
+        monkeypatch.setattr(teacher_cache.pipeline.deploy.formats.static_int8, "_correct_biases", lambda *_: None)
     assert error["corrected"] < 0.2 * error["plain"]
 
 

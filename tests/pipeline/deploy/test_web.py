@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from teacher_cache.pipeline.deploy.formats.web import write_web
 from teacher_cache.pipeline.deploy.record import Deployment
 from teacher_cache.pipeline.deploy.runtime import StudentRuntime
-from teacher_cache.pipeline.deploy.web import write_web
 from teacher_cache.storage.errors import UsageError
 from tests.node_packages import npm_install
 from tests.pipeline.deploy.deployed import deploy_tiny

@@ -16,7 +16,7 @@ from torch import nn
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.evaluate.recall import mean_recall
-from teacher_cache.pipeline.models.average import mean, mean_student
+from teacher_cache.pipeline.models.derive.average import mean, mean_student
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS
 from teacher_cache.pipeline.models.student import build_student, load_student, save_student

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.deploy.record import Artefact, Deployment
-from teacher_cache.pipeline.models.average import mean
-from teacher_cache.pipeline.models.resize import resize
+from teacher_cache.pipeline.models.derive.average import mean
+from teacher_cache.pipeline.models.derive.resize import resize
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, checkpoint_image_size
 from teacher_cache.pipeline.models.student import Student, load_student

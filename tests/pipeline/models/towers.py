@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from teacher_cache.pipeline.deploy.export_onnx import ExportedTowers, export_towers
+from teacher_cache.pipeline.deploy.formats.export_onnx import ExportedTowers, export_towers
 from teacher_cache.pipeline.models.student import Student, build_student
 from tests.conftest import TINY_MODEL
 

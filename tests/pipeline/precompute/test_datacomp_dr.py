@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from teacher_cache.pipeline.models.teacher import load_teacher
-from teacher_cache.pipeline.precompute.datacomp_dr import open_foreign
-from teacher_cache.pipeline.precompute.import_folder import ImportResult, import_rows
+from teacher_cache.pipeline.precompute.foreign.datacomp_dr import open_foreign
+from teacher_cache.pipeline.precompute.foreign.import_folder import ImportResult, import_rows
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import ImportConfig
 from teacher_cache.storage.check.verify import verify_cache

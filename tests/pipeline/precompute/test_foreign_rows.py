@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from teacher_cache.pipeline.precompute.clip_retrieval_folder import (
+from teacher_cache.pipeline.precompute.foreign.clip_retrieval_folder import (
     ForeignFolder,
     ForeignRows,
     match_rows,

@@ -20,7 +20,7 @@ from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image, decoded_size
 from teacher_cache.pipeline.precompute import chunk_work
 from teacher_cache.pipeline.precompute.forecast import forecast
-from teacher_cache.pipeline.precompute.import_folder import ImportResult, import_rows
+from teacher_cache.pipeline.precompute.foreign.import_folder import ImportResult, import_rows
 from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import ImportConfig, PrecomputeConfig

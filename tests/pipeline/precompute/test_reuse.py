@@ -15,7 +15,7 @@ from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
 from teacher_cache.pipeline.precompute.forecast import forecast
-from teacher_cache.pipeline.precompute.import_folder import import_rows
+from teacher_cache.pipeline.precompute.foreign.import_folder import import_rows
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.repair import repair
 from teacher_cache.pipeline.precompute.reuse import CachedRows, count_known

@@ -1,8 +1,8 @@
 """int8 quantization of exported towers by ONNX Runtime, with a report of what stays float and why. No torch.
 
 Transformers are quantised dynamically: weights beforehand, activations by their range in each call. Convolutional
-towers get fixed ranges from calibration images (``teacher_cache.pipeline.deploy.static_int8``), since only fixed ranges
-make convolutions faster. A file that would be int8 in name only is not written.
+towers get fixed ranges from calibration images (``teacher_cache.pipeline.deploy.formats.static_int8``), since only
+fixed ranges make convolutions faster. A file that would be int8 in name only is not written.
 
 Weights use 7 of the 8 bits (onnxruntime's ``reduce_range``): x86 processors without VNNI add two products of 8-bit
 values in 16 bits, which overflow, so the same file would give different features on them.
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
+from teacher_cache.pipeline.deploy.formats.static_int8 import quantize_static
 from teacher_cache.pipeline.deploy.record import DeploymentError
-from teacher_cache.pipeline.deploy.static_int8 import quantize_static
 from teacher_cache.pipeline.deploy.table import Int8Report
 from teacher_cache.storage.errors import UsageError
 
@@ -74,7 +74,7 @@ def quantize_tower(source: Path, target: Path, calibration: Iterable[NDArray[np.
     inputs of the batch. The caller measures whether the features are good enough.
 
     Args:
-        source: file written by ``teacher_cache.pipeline.deploy.export_onnx``.
+        source: file written by ``teacher_cache.pipeline.deploy.formats.export_onnx``.
         target: file to write; written only if the tower was quantised.
         calibration: batches of the student's input, (batch, 3, height, width), read once, one at a time. Required for
             a static tower, not read for a dynamic one. About 128 training images are enough; images of the measured

@@ -18,9 +18,14 @@ from pydantic import BaseModel, Field
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.datasets.spec import check_dataset
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
-from teacher_cache.pipeline.precompute.clip_retrieval_folder import ForeignRows, ForeignSource, MatchCounts, match_rows
-from teacher_cache.pipeline.precompute.datacomp_dr import ReinforcedShards, open_foreign
 from teacher_cache.pipeline.precompute.encode import encode_shared
+from teacher_cache.pipeline.precompute.foreign.clip_retrieval_folder import (
+    ForeignRows,
+    ForeignSource,
+    MatchCounts,
+    match_rows,
+)
+from teacher_cache.pipeline.precompute.foreign.datacomp_dr import ReinforcedShards, open_foreign
 from teacher_cache.pipeline.precompute.plan import (
     PlannedDataset,
     PlanSettings,

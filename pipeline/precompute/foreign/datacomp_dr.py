@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.datasets.adapters.webdataset import Reinforced, read_reinforced
 from teacher_cache.pipeline.data.datasets.files import is_pattern, open_regular
-from teacher_cache.pipeline.precompute.clip_retrieval_folder import ForeignFolder, ForeignSource, normalised
+from teacher_cache.pipeline.precompute.foreign.clip_retrieval_folder import ForeignFolder, ForeignSource, normalised
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.observe.safe_text import printable

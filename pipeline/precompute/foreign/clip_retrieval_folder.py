@@ -6,7 +6,7 @@
       metadata/metadata_N.parquet       image_path, caption, and sample_id where ``teacher-cache export`` wrote it
 
 ``image_path`` is the path of the file, or the key of a member of a tar. Such a folder does not record its teacher:
-:mod:`teacher_cache.pipeline.precompute.import_folder` proves it before a row is used.
+:mod:`teacher_cache.pipeline.precompute.foreign.import_folder` proves it before a row is used.
 
 How rows are matched to images and captions, without a guess:
 

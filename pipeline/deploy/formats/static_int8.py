@@ -66,7 +66,7 @@ def quantize_static(source: Path, calibration: Iterable[NDArray[np.float32]]) ->
     quantizer = QDQQuantizer(
         model,
         True,  # per channel
-        True,  # reduce_range, see teacher_cache.pipeline.deploy.quantize
+        True,  # reduce_range, see teacher_cache.pipeline.deploy.formats.quantize
         QuantType.QInt8,
         QuantType.QUInt8,
         TensorsData(CalibrationMethod.MinMax, _behind_relu(model, ranges)),

@@ -20,7 +20,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from teacher_cache.pipeline.deploy.quantize import strip
+from teacher_cache.pipeline.deploy.formats.quantize import strip
 from teacher_cache.pipeline.evaluate.cost.torch_models import no_fast_path
 from teacher_cache.pipeline.models.student import Student
 from teacher_cache.pipeline.models.text_length import encode_any_length

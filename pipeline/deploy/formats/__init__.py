@@ -1,0 +1,1 @@
+"""The forms that a student ships in: ONNX, int8, OpenVINO, transformers.js."""

@@ -1,0 +1,1 @@
+"""Students made of trained ones: the mean of runs, another image size."""
