@@ -102,7 +102,8 @@ def _read_tables(path: Path, settings: Collection[str]) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         if kind_of(str(path)) in (TABLE, TAR):
             raise UsageError(misplaced(str(path), RUN_FILE, settings)) from error
-        raise UsageError(f"{path}: not TOML: {error}") from error
+        quotes = '. A text needs quotes: split = "test"' if "Invalid value" in str(error) else ""
+        raise UsageError(f"{path}: not TOML: {error}{quotes}") from error
     for name, table in tables.items():
         if name != "cache" and not isinstance(table, dict):
             raise UsageError(f"{path}: {name} = {table!r} must be a table [{name}]")

@@ -57,6 +57,8 @@ def misplaced(location: str, wanted: str, settings: Collection[str] = ()) -> str
     if kind_of(location) in ("", wanted):
         return ""
     example = ": --registry students" if wanted == REGISTRY and "registry" in settings else ""
+    if (kind_of(location), wanted) == (RUN, DEPLOYED):
+        example = f": teacher-cache deploy --run {location} --out deployed/a makes one of it"
     typed = "" if example else typed_as(location, settings)
     return typed or f"{described(location)}; a {wanted} is wanted here{example}"
 

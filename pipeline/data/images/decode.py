@@ -36,6 +36,7 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit for decompression bombs
 Image.init()  # load all plugins: Image.open raises KeyError for the name of an unloaded one
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if name in Image.OPEN)
 _END_BYTES = 4096  # a complete image has its end mark within these, even with data after it
+_OTHERS = {b"ftypheic": "HEIC", b"ftypheix": "HEIC", b"ftypmif1": "HEIF", b"<svg": "SVG", b"%PDF-": "PDF"}
 _PILLOW = re.compile(r"PIL\.")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # differs in each run, and commits store these texts
 
@@ -112,6 +113,8 @@ def _opened(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
+        if kind := next((kind for mark, kind in _OTHERS.items() if mark in data[:64]), ""):
+            raise UndecodableImageError(f"{kind}, which is not read here; convert it to JPEG or PNG") from None
         raise UndecodableImageError(
             f"not an image, damaged at its start, or none of {', '.join(FORMATS)}; {len(data):,} bytes"
         ) from None

@@ -157,6 +157,7 @@ def test_looking_at_a_cache_loads_no_torch(known_cache: Path) -> None:
     ("text", "message"),
     [
         ("[train", "not TOML"),
+        ("[precompute]\ndataset = flickr:x\n", 'not TOML: .* A text needs quotes: split = "test"'),
         ("precompute = 3", r"precompute = 3 must be a table \[precompute\]"),
         ("[training]\n", r"unknown table \[training\]\. Did you mean train or retrain\?"),
         ('[precompute]\ndatasett = "x"\n', r"\[precompute\]: .*datasett is not a setting\. Did you mean dataset\?"),

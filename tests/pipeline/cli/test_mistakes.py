@@ -108,6 +108,11 @@ CASES = [
     (f"{IMPORT} classes", 2, "write them; found cat/, dog/\n"),
     ("infer pears.csv --text a --student shipped", 2, "pears.csv is not there; "),
     ("infer pairs.csv --text= --student shipped", 2, "--text is empty"),
+    (
+        "infer pairs.csv --text a --student r1",
+        2,
+        "wanted here: teacher-cache deploy --run r1 --out deployed/a makes one",
+    ),
     ("retrain --batch-size 3", 2, "No such option '--batch-size'. Did you mean --set train.batch_size=VALUE?"),
     # values: the message names what was typed
     (f"{TRAIN} --epochs three", 2, "train: --epochs: 'three' is not a whole number\n"),

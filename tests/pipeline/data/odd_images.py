@@ -62,7 +62,8 @@ def _odd_images() -> Iterator[OddImage]:
     yield OddImage("empty.jpg", b"", nothing)
     yield OddImage("text.jpg", b"This is not an image, though it says so.\n", nothing)
     yield OddImage("html.jpg", b"<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>", nothing)
-    yield OddImage("vector.jpg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', nothing)
+    yield OddImage("vector.jpg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "SVG, which is not")
+    yield OddImage("phone.jpg", b"\0\0\0\x18ftypheic" + bytes(600), "HEIC, which is not read here; convert it to JPEG")
     # Pillow would start Ghostscript for this one
     yield OddImage("print.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", nothing)
     yield OddImage("icon.jpg", _save(photo, "ICO"), nothing)
