@@ -17,6 +17,7 @@ from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.log.trackers import require_trackers
 from teacher_cache.storage.cli.app import json_flag, print_result
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.new_files import require_writable
 from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 
@@ -44,10 +45,8 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
     if not resume:
         _say_what_the_recipe_leaves(settings.explicit())
     config = _resumed(settings) if resume else settings.load()
-    if not resume and os.environ.get("RANK", "0") == "0":  # another rank may find what rank 0 has begun
-        from teacher_cache.pipeline.models.run_folder import RunFolder
-
-        RunFolder(config.out).require_free()
+    if os.environ.get("RANK", "0") == "0":  # another rank may find what rank 0 has begun
+        _check_folder(config, resume)
     require_trackers(config.report_to)
 
     def state() -> str:
@@ -72,6 +71,17 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
     if not as_json:  # recall needs captions
         captioned = result.record.config.captions_per_image
         suggest_next(*(("evaluate",) if captioned else ("zero-shot", "DATASET")), run=config.out)
+
+
+def _check_folder(config: TrainConfig, resume: bool) -> None:
+    """Check what training checks again, before torch is imported."""
+    from teacher_cache.pipeline.models.run_folder import RunFolder
+
+    run = RunFolder(config.out)
+    run.require_unlocked()
+    if not resume:
+        run.require_free()
+        require_writable(run.path)
 
 
 def _say_what_the_recipe_leaves(explicit: dict[str, Any]) -> None:

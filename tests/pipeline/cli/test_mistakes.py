@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.settings.names import next_run
 from teacher_cache.storage.files.places import described, kind_of, misplaced, similar_names
 from tests.conftest import make_known_cache, plan_known_cache
@@ -164,6 +165,11 @@ CASES = [
         "--distill-model names a teacher, and here the cache is the teacher; leave it out",
     ),
     (TRAIN.replace("known.cache", "r1"), 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
+    (
+        TRAIN.replace("known", "done").replace("--out o", "--out busy --image-root imgs"),
+        2,
+        "busy: is being written by process ",
+    ),
     (TRAIN.replace("--out o", "--out known.cache"), 2, "error: known.cache is a cache; a run is wanted here\n"),
     (f"{CACHE} r1", 2, "error: r1 is a run, of known.cache; a cache is wanted here\n"),
     (f"{CACHE} folder", 2, "folder: contains x, but a cache needs a folder of its own."),
@@ -213,8 +219,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (here / "classes" / name / "a.jpg").write_bytes(b"")
     make_known_cache(here / "done.cache")
     make_known_cache(here / "bare.cache", captions=5)
-    (here / "photos").mkdir()
-    (here / "photos/a.jpg").write_bytes(b"")
+    for photo in ("photos/a.jpg", "imgs/img-0.jpg"):
+        (here / photo).parent.mkdir()
+        (here / photo).write_bytes(b"")
     (here / "names.txt").write_text("Katze\nHund\n")
     for name in ("images.tar", "book.xlsx", "foreign/img_emb/img_emb_0.npy"):
         (here / name).write_bytes(bytes(1024))
@@ -227,9 +234,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(places: Path) -> dict[str, tuple[int, str]]:
     words = [shlex.split(command) for command, _, _ in CASES]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, "-c", ALL], input=json.dumps(words), cwd=places, env=env, capture_output=True, text=True
-    )
+    with RunFolder(places / "busy").locked():
+        done = subprocess.run(
+            [sys.executable, "-c", ALL], input=json.dumps(words), cwd=places, env=env, capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stderr
     return {command: tuple(answer) for command, answer in json.loads(done.stdout).items()}
 
