@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.settings.promote import RetrainConfig as RetrainConfig
     from teacher_cache.pipeline.settings.train import TrainConfig as TrainConfig
     from teacher_cache.pipeline.train.loop import train as train
+    from teacher_cache.pipeline.train.open_clip_task import cached_distill_task as cached_distill_task
     from teacher_cache.storage.check.verify import verify_cache as verify_cache
     from teacher_cache.storage.errors import CacheAccessError as CacheAccessError
     from teacher_cache.storage.errors import CacheCorruptError as CacheCorruptError
@@ -71,6 +72,7 @@ _HOMES = {
     "TrainConfig": "pipeline.settings.train",
     "UsageError": "storage.errors",
     "ZeroShotConfig": "pipeline.settings.evaluate",
+    "cached_distill_task": "pipeline.train.open_clip_task",
     "deploy": "pipeline.deploy.run",
     "describe_cache": "storage.look.info",
     "evaluate": "pipeline.evaluate.retrieval",
