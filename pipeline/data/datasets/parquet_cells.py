@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
+from weakref import finalize
 
 import fsspec
 import pyarrow as pa
@@ -63,6 +64,7 @@ def _open(file: str, changed: int | None) -> tuple[pq.ParquetFile, list[int]]:
     """Return an open file with the first row of each row group; ``changed`` tells versions of it apart."""
     source = fsspec.open(file, "rb").open() if "://" in file else open_regular(file)
     opened = parquet_file(source)
+    finalize(opened, source.close)  # when it leaves this cache
     counts = [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
     return opened, [0, *accumulate(counts[:-1])]
 

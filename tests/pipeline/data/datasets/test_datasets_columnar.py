@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import re
 from collections.abc import Iterator
@@ -300,3 +301,14 @@ def test_a_hub_that_is_not_reached_is_an_error_of_one_line(
         precompute(PrecomputeConfig(cache=str(tmp_path / "cache"), **config))
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_not_read_any_more_is_closed(tmp_path: Path) -> None:
+    """Sixteen stay open. pytest turns a file that is left open into an error, at the latest here."""
+    for number in range(20):
+        pq.write_table(pa.table({"image": [b"x"]}), tmp_path / f"{number}.parquet")
+        uri = parquet_cells.cell_uri(str(tmp_path / f"{number}.parquet"), "image", 0)
+        assert parquet_cells.read_cell(uri) == b"x"
+    still_open = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert sum(name.startswith(str(tmp_path)) for name in still_open) <= 16
+    gc.collect()
