@@ -218,11 +218,16 @@ def load_samples(spec: DatasetSpec, progress: Callable[[int, int], None] | None 
             if progress is not None and (number % 256 == 255 or number + 1 == len(listed.samples)):
                 progress(number + 1, len(listed.samples))
     if not usable.samples:
-        missing = [problem.kind for problem in usable.problems[:1]] == ["missing-file"]
-        there = found_instead(source.root, listed.samples[0].uri) if missing else ""
-        slashes = "; write / for each backslash in the paths" * bool(there and "\\" in listed.samples[0].uri)
-        raise UsageError(f"{spec}: {why_none(usable.problems)}{there and f'; there is {there}{slashes}'}")
+        raise UsageError(f"{spec}: {_why_no_file(source, listed, usable.problems)}")
     return usable, digests
+
+
+def _why_no_file(source: ImageSource, listed: SampleSet, problems: list[Problem]) -> str:
+    """Return :func:`why_none`; where the first file is missing also what there is instead."""
+    missing = [problem.kind for problem in problems[:1]] == ["missing-file"]
+    instead = found_instead(source.root, listed.samples[0].uri) if missing else ""
+    slashes = "; write / for each backslash in the paths" * bool(instead and "\\" in listed.samples[0].uri)
+    return why_none(problems) + (f"; there is {instead}{slashes}" if instead else "")
 
 
 def why_none(problems: list[Problem]) -> str:
