@@ -56,9 +56,15 @@ def load_openvino(openvino: Any, graph: bytes, weights: bytes, threads: int | No
         threads: number of threads per run. None: all cores.
     """
     core = openvino.Core()
+    model = core.read_model(graph, weights)
     # on CPUs that multiply bfloat16 it would be the default
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
-    compiled = core.compile_model(core.read_model(graph, weights), "CPU", settings)
-    return lambda values: compiled.create_infer_request().infer([values])[0]
+    compiled = core.compile_model(model, "CPU", settings)
+
+    def run(values: NDArray[Any], owners: object = (core, model, weights)) -> Any:
+        # the owners of what the compiled model may refer to live as long as it does
+        return compiled.create_infer_request().infer([values])[0]
+
+    return run

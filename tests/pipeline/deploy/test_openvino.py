@@ -1,9 +1,13 @@
-"""``deploy --openvino``: what OpenVINO's CPU runtime makes of ``openvino/`` is what ONNX Runtime computes."""
+"""``deploy --openvino``: what OpenVINO's CPU runtime makes of ``openvino/`` is what ONNX Runtime computes.
+
+Each test runs in a process of its own: beside the libraries of all other tests OpenVINO once ended theirs.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +32,22 @@ from tests.pipeline.deploy.deployed import deploy_tiny
 from tests.pipeline.train.train_work import make_cache, make_student, run_command, train_config
 from tests.python_packages import install_beside
 
+_ALONE = "TEACHER_CACHE_TEST_OPENVINO"
 TEXTS = ["a photo of a dog", "blue", "two cats and twelve toys on a table", "sea"]
+
+
+def alone(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test in a process of its own."""
+    if os.environ.get(_ALONE):
+        return test
+
+    def run() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{test.__name__}"]
+        done = subprocess.run(command, env={**os.environ, _ALONE: "1"}, capture_output=True, text=True, check=False)
+        assert "\n1 passed in " in done.stdout, done.stdout + done.stderr
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,6 +83,7 @@ def pictures(count: int) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)) for _ in range(count)]
 
 
+@alone
 def test_features_are_those_of_onnx_runtime_for_any_batch_length_and_thread(student: StudentRuntime) -> None:
     onnx = StudentRuntime(student.folder)
     images = pictures(7)
@@ -74,6 +94,7 @@ def test_features_are_those_of_onnx_runtime_for_any_batch_length_and_thread(stud
     np.testing.assert_allclose(rows, np.tile(student.embed_images(images), (4, 1)), atol=1e-5)
 
 
+@alone
 def test_only_the_files_that_were_written_are_run(student: StudentRuntime, tmp_path: Path) -> None:
     folder = deploy_tiny(tmp_path)
     with pytest.raises(UsageError, match=r"no openvino file of the image tower: it was not made\. Use fp32"):
@@ -86,6 +107,7 @@ def test_only_the_files_that_were_written_are_run(student: StudentRuntime, tmp_p
         StudentRuntime(folder, "openvino").embed_images(pictures(1))
 
 
+@alone
 def test_what_computes_something_else_is_not_shipped(
     trained: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +122,7 @@ def test_what_computes_something_else_is_not_shipped(
     assert list(tmp_path.iterdir()) == []
 
 
+@alone
 def test_the_command_ships_it_measures_it_and_infer_runs_it(trained: dict[str, str], tmp_path: Path) -> None:
     words = [word for name, value in trained.items() for word in (f"--{name}", value)]
     done = run_command("deploy", *words, "--out", tmp_path / "out", "--no-int8", "--web", "--openvino", "--json")
