@@ -161,9 +161,8 @@ class LiveTeacher:
     @cached_property
     def embed_dim(self) -> int:
         """Width of the embeddings."""
-        with torch.inference_mode():
-            probe = torch.zeros(1, 3, *self.preprocess.size)
-            return int(self._features(self.model.encode_image, probe)[0].shape[-1])
+        probe = torch.zeros(1, 3, *self.preprocess.size)
+        return int(self._features(self.model.encode_image, probe)[0].shape[-1])
 
     def identity(self) -> TeacherIdentity:
         """Return the teacher's part of a cache's identity."""
@@ -234,8 +233,8 @@ def load_teacher(
     where = resolve_device(device)
     if precision == "fp32" and where.type == "cuda":
         hint(
-            "warning: on a GPU precision fp32 is several times slower than pure_bf16, whose rows have a cosine of "
-            "about 0.999 to it. The precision is part of a cache's identity: choose it before the cache is planned"
+            "warning: on a GPU precision fp32 is slower than pure_bf16, whose rows differ by rounding. The precision "
+            "is part of a cache's identity: choose it before the cache is planned"
         )
     if precision == "fp16" and where.type == "cpu":
         hint("warning: precision fp16 is many times slower than fp32 on a CPU, and meant for a GPU")

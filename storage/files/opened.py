@@ -14,7 +14,7 @@ _REQUEST_BYTES = 4 << 20  # at 0.1 s a request, 40 MB/s
 
 
 class _Object(io.RawIOBase):
-    """An object, of which each read is one request."""
+    """Object of a store as a file. Each read is one request."""
 
     def __init__(self, bucket: str, key: str) -> None:
         self._files, self._key, self._at = RemoteFiles(bucket), key, 0

@@ -1,1 +1,1 @@
-"""What a run tells of its steps: log.jsonl and trackers."""
+"""Logs of a run's steps: log.jsonl and trackers."""

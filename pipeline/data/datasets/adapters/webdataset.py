@@ -227,7 +227,7 @@ def read_labels(root: str) -> Iterator[tuple[Record, str | None, str]]:
 
 @dataclass(frozen=True)
 class Reinforced:
-    """What a sample of DataCompDR has, and the position of its rows (``KEY.npz``) in the tar.
+    """Sample of DataCompDR, with the position of its rows (``KEY.npz``) in the tar.
 
     Attributes:
         captions: the image's own, None without a ``KEY.txt``, then the synthetic ones: the order of ``text_emb``.
