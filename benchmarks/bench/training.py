@@ -83,14 +83,15 @@ class _Bench:
         tokenizer = student_tokenizer(architecture)
         images = StudentImages(self.reader, self.source, self.student.preprocess)
         self._inputs = InputLoader(self.reader, tokenizer, images, device=self.fabric.device)
-        model, optimizer = self.fabric.setup(self.student, adamw(self.student, 1e-5, 0.1))
+        fused = settings.device == "cuda"
+        model, optimizer = self.fabric.setup(self.student, adamw(self.student, 1e-5, 0.1, fused))
         model.train()
         self.teacher = CachedTeacher(self.reader)
         self._step = TrainStep(self.config, self.fabric, model, self.student, optimizer, self.teacher, 10**6)
         self._taken = 0
         # the peer's own, so that neither moves the other's weights or moments
         self.plain = self._made(architecture).to(self.fabric.device).train()
-        self._plain_optimizer = adamw(self.plain, 1e-5, 0.1)
+        self._plain_optimizer = adamw(self.plain, 1e-5, 0.1, fused)
         self._contrastive, self._distill = ClipLoss(), DistillClipLoss()
 
     def _made(self, architecture: dict[str, Any]) -> Student:
@@ -110,10 +111,15 @@ class _Bench:
 
     def ours(self, pairs: list[Pairs], inputs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Take the steps of ``train``, targets from the cache."""
-        targets = self.teacher.targets(pairs)
+        targets, before = self.teacher.targets(pairs), None
         for pair, (pixels, tokens), target in zip(pairs, inputs, targets, strict=True):
-            self._step(self._taken, pixels, tokens, target, pair)
+            late = self._step(self._taken, pixels, tokens, target, pair)
             self._taken += 1
+            if before is not None:
+                before.read()  # as train does it: a step late
+            before = late
+        if before is not None:
+            before.read()
 
     def no_teacher(self, pixels: Tensor, tokens: Tensor) -> None:
         """The student's towers as short as ours, and no teacher's targets, losses or projections."""

@@ -56,6 +56,15 @@ def for_copy(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.contiguous().pin_memory() if device.type == "cuda" else tensor
 
 
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """Record a point in a GPU's work, after everything queued so far. None: a CPU."""
+    if device.type != "cuda":
+        return None
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """Compute float32 on a GPU with all 24 bits within the block. TF32, cuDNN's default, keeps 11."""

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED, PILLOW, require_decoder
 from teacher_cache.pipeline.data.tokens import tokenizer_identity
-from teacher_cache.pipeline.models.device import for_copy, full_float32, resolve_device
+from teacher_cache.pipeline.models.device import for_copy, full_float32, mark, resolve_device
 from teacher_cache.pipeline.models.hub import hub_config, hub_within_reach
 from teacher_cache.pipeline.models.safe_loading import (
     foreign_model,
@@ -60,7 +60,7 @@ class Encoded:
         # queue the copy right after the work: a later copy would wait for later batches
         self._embedding = embedding.to("cpu", non_blocking=True)
         self._norm = norm.to("cpu", non_blocking=True)
-        self._started, self._there = started, _mark(embedding.device)
+        self._started, self._there = started, mark(embedding.device)
 
     @property
     def embedding(self) -> NDArray[np.float16]:
@@ -140,7 +140,7 @@ class LiveTeacher:
         return partial(encode_text, self.model), for_copy(tokens, self.device)
 
     def _finish(self, encode: Any, batch: torch.Tensor) -> Encoded:
-        started = _mark(self.device)
+        started = mark(self.device)
         features, norm = self._features(encode, batch)
         return Encoded(features.half(), norm.squeeze(-1), started)
 
@@ -325,15 +325,6 @@ def is_surely(name: str, pretrained: str | None, identity: CacheIdentity) -> boo
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
-
-
-def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """Record a point in a GPU's work, after everything queued so far. None: a CPU."""
-    if device.type != "cuda":
-        return None
-    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 def _activations(model: torch.nn.Module) -> str:

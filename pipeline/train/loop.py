@@ -42,7 +42,8 @@ from teacher_cache.pipeline.train.start import (
     recorded_start,
     training_images,
 )
-from teacher_cache.pipeline.train.step import StepValues, TrainStep
+from teacher_cache.pipeline.train.step import TrainStep
+from teacher_cache.pipeline.train.step_values import LateValues
 from teacher_cache.pipeline.train.stop_signals import StopRequests
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import log_fields, logger
@@ -233,6 +234,7 @@ class _Trainer:
         if record.checkpoint is not None:
             load_resume_point(run.path / record.checkpoint, self._state)
         self._step = TrainStep(config, fabric, self._model, student, optimizer, teacher, self._total_steps, queue)
+        self._late: LateValues | None = None
         self._writer = None
         if fabric.global_rank == 0:
             tracked = TrackedRun(run.path, run.tracker_id(), self._state.point.step, record.facts())
@@ -265,37 +267,47 @@ class _Trainer:
     def _steps(self, stop: StopRequests) -> None:
         point = self._state.point
         with closing(self._batches.epoch(point.epoch, point.sums.steps)) as batches:
-            meter = EpochMeter(point.sums, self._config.batch_size)
+            self._meter = meter = EpochMeter(point.sums, self._config.batch_size)
             for batch in stop.between_steps(batches):
                 meter.batch_arrived()
-                values = self._take(batch)
-                meter.step_taken(values, len(batch.pixels))
-                self._report(values, meter)
+                late = self._take(batch)
+                self._read_late()  # of the step before; a GPU has its next work by now
+                self._late = late
+                meter.step_taken(len(batch.pixels))
+                if late.ready:
+                    self._read_late()
                 if point.sums.steps < self._steps_per_epoch and self._writer is not None and self._writer.is_due():
-                    self._writer.save_step()
+                    self._save_step()
                 meter.wait()
                 stop.may_act()
+            self._read_late()
 
-    def _take(self, batch: Batch) -> StepValues:
+    def _take(self, batch: Batch) -> LateValues:
         state, size = self._state, self._config.micro_batch or len(batch.pixels)
         with memory_told(f"{size} images at once. --micro-batch {max(1, size // 4)} has the same loss and gradient"):
-            values = self._step(state.point.step, batch.pixels, batch.tokens, batch.targets, batch.pairs)
+            late = self._step(state.point.step, batch.pixels, batch.tokens, batch.targets, batch.pairs)
         if state.average is not None:
             state.average.update()
         state.point.step += 1
-        return values
+        return late
 
-    def _report(self, values: StepValues, meter: EpochMeter) -> None:
-        point = self._state.point
+    def _read_late(self) -> None:
+        """Read the values of the last step, unless they were: they are summed, logged and reported."""
+        if self._late is None:
+            return
+        values, epoch, meter = self._late.read(), self._state.point.epoch, self._meter
+        self._late = None
+        meter.values_read(values)
         if self._writer is not None:
-            self._writer.log.step(point.step, point.epoch, values, meter.rate, meter.wait_share)
+            self._writer.log.step(epoch, values, meter.rate, meter.wait_share)
         if self._progress is not None:
-            eta = (self._total_steps - point.step) * self._config.batch_size / meter.rate
+            eta = (self._total_steps - values.step) * self._config.batch_size / meter.rate
             self._progress(
-                StepProgress(point.step, self._total_steps, point.epoch, values.loss, meter.rate, meter.wait_share, eta)
+                StepProgress(values.step, self._total_steps, epoch, values.loss, meter.rate, meter.wait_share, eta)
             )
 
     def _save_step(self) -> None:
+        self._read_late()  # a step that is not finite is never saved
         if self._writer is not None:
             self._writer.save_step()
 

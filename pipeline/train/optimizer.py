@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,21 @@ def adamw(student: nn.Module, learning_rate: float, weight_decay: float, fused: 
     others = [parameter for parameter in learning if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=fused or None)
+
+
+def step_unless(optimizer: Any, bad: Tensor) -> None:
+    """Take the optimizer's step unless ``bad`` is 1. A fused optimizer decides that on the device, without a wait.
+
+    Args:
+        optimizer: an optimizer, or Fabric's wrapper of one.
+        bad: 0 or 1, float32 scalar on the device of the parameters.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if inner.defaults["fused"]:
+        inner.found_inf = bad  # as torch's GradScaler tells it
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
 
 
 class WeightAverage:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,27 +18,8 @@ from teacher_cache.pipeline.models.student import Student, StudentOutput
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.gather import gather_features
 from teacher_cache.pipeline.train.losses import LossInputs, TeacherQueue, weighted_sum
-from teacher_cache.pipeline.train.optimizer import learning_rate_share
-from teacher_cache.storage.observe.logs import event, logger
-
-_LOG = logger("train")
-
-
-@dataclass(frozen=True)
-class StepValues:
-    """Values of one step for the logs.
-
-    Attributes:
-        parts: each named loss before weighting.
-        grad_norm: norm of all gradients, before clipping.
-        logit_scale: the student's logit scale in the loss, after exp.
-    """
-
-    loss: float
-    parts: dict[str, float]
-    learning_rate: float
-    grad_norm: float
-    logit_scale: float
+from teacher_cache.pipeline.train.optimizer import learning_rate_share, step_unless
+from teacher_cache.pipeline.train.step_values import LateValues
 
 
 class TrainStep:
@@ -79,9 +57,14 @@ class TrainStep:
         self._config, self._fabric, self._model, self._student = config, fabric, model, student
         self._memory_format, self._queue = image_memory_format(student.model), queue
         self._optimizer, self._teacher, self._total_steps = optimizer, teacher, total_steps
+        # 1 from the first loss or gradient on that is not finite
+        self._bad = torch.zeros((), device=fabric.device)
 
-    def __call__(self, step: int, pixels: Tensor, tokens: Tensor, targets: TeacherTargets, pairs: Pairs) -> StepValues:
-        """Train on one batch.
+    def __call__(self, step: int, pixels: Tensor, tokens: Tensor, targets: TeacherTargets, pairs: Pairs) -> LateValues:
+        """Train on one batch, without a wait for the device.
+
+        If the loss or the gradient is not finite, reading the values raises. Neither this step nor any later one
+        changes weights or moments, so a step may be launched before the values of the last one are read.
 
         Args:
             step: step of the run, from 0.
@@ -89,7 +72,6 @@ class TrainStep:
             pairs: rows of the whole batch, for messages.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite; the student is not changed.
             ValueError: targets and tokens differ in their number of captions.
         """
         if targets.text.shape[:2] != tokens.shape[:2]:
@@ -123,17 +105,11 @@ class TrainStep:
         norm = self._fabric.clip_gradients(
             self._model, self._optimizer, max_norm=config.clip_grad_norm, error_if_nonfinite=False
         )
-        # one transfer: each waits for the device
-        values = torch.stack([total, norm.to(total), logit_scale, *parts.values()]).tolist()  # type: ignore[union-attr]
-        loss, grad_norm, scale = values[:3]
-        named = dict(zip(parts, values[3:], strict=True))
-        if not math.isfinite(loss):
-            raise FloatingPointError(_not_finite(step + 1, f"loss is {loss} ({named})", pairs, rate))
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(_not_finite(step + 1, f"the gradient's norm is {grad_norm}", pairs, rate))
-        self._optimizer.step()
+        values = torch.stack([total, norm.to(total), logit_scale, *parts.values()])  # type: ignore[union-attr]
+        self._bad = torch.maximum(self._bad, (~values[:2].isfinite().all()).float())
+        step_unless(self._optimizer, self._bad)
         self._student.clamp_logit_scale()
-        return StepValues(loss, named, rate, grad_norm, scale)
+        return LateValues(step, rate, values, list(parts), pairs)
 
     def _whole(self, step: int, parts_of_batch: list[Any], teacher: tuple[Tensor, ...]) -> Any:
         ((pixels, tokens),) = parts_of_batch
@@ -229,13 +205,3 @@ class TrainStep:
         yield
         for buffer, value in zip(self._student.buffers(), saved, strict=True):
             buffer.copy_(value)
-
-
-def _not_finite(step: int, what: str, pairs: Pairs, rate: float) -> str:
-    images, captions = pairs.image_rows.tolist(), pairs.caption_rows.ravel().tolist()
-    rows = {"image_rows": images, "caption_rows": captions}
-    event(_LOG, logging.ERROR, "not finite", step=step, detail=what, learning_rate=rate, **rows)
-    return (
-        f"step {step}: {what}. Image rows {images}, caption rows {captions}. Lower the learning rate "
-        f"({rate:.2g}), or use precision fp32."
-    )

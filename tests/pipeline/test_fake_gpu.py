@@ -28,6 +28,7 @@ from teacher_cache.pipeline.models import teacher as teacher_module
 from teacher_cache.pipeline.models import text_length
 from teacher_cache.pipeline.models.student import Student, build_student
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
+from teacher_cache.pipeline.train import step_values
 from teacher_cache.pipeline.train.optimizer import adamw
 from teacher_cache.pipeline.train.step import TrainStep
 from tests.conftest import TINY_MODEL
@@ -38,12 +39,13 @@ BATCH = 8
 
 
 class Watch(TorchDispatchMode):
-    """The operations of a block, and its copies to the device by whether the host waits."""
+    """The operations of a block, and its copies to and from the device by whether the host waits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0
         self.to_device: Counter[bool] = Counter()
+        self.to_host: Counter[bool] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -53,6 +55,8 @@ class Watch(TorchDispatchMode):
         moved = source is not None and isinstance(out, torch.Tensor) and (source.device.type, out.device.type)
         if moved == ("cpu", "cuda"):
             self.to_device[not kwargs.get("non_blocking")] += 1
+        if moved == ("cuda", "cpu"):
+            self.to_host[not kwargs.get("non_blocking")] += 1
         return out
 
 
@@ -62,7 +66,8 @@ def fake_gpu() -> Iterator[Watch]:
     preprocess_module._on_device.cache_clear()
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        patch.object(teacher_module, "_mark", lambda device: None),
+        patch.object(teacher_module, "mark", lambda device: None),
+        patch.object(step_values, "mark", lambda device: None),
         patch.object(teacher_module, "for_copy", lambda tensor, device: tensor),
         # by the values of ids, which lie on the CPU
         patch.object(teacher_module, "shorten", lambda tokens: tokens[:, :8]),
@@ -100,8 +105,8 @@ def test_a_second_batch_of_pictures_and_captions_is_launched_without_a_wait(tiny
     assert watch.to_device == {False: 2}
 
 
-def test_a_training_step_waits_once(tmp_path: Path) -> None:
-    """For the loss, the gradient's norm and the logit scale together. Autograd needs a driver: gradients are given."""
+def test_a_training_step_is_launched_without_a_wait(tmp_path: Path) -> None:
+    """Reading its values is one wait, after the next step is launched. Autograd needs a driver: gradients are given."""
     losses = {"contrastive": 1.0, "relational": 1.0, "interactive": 1.0, "feature": 50.0}
     config = train_config(tmp_path / "c", make_student(tmp_path / "s.json"), tmp_path / "r", losses=losses)
     rows = np.arange(BATCH)
@@ -120,9 +125,11 @@ def test_a_training_step_waits_once(tmp_path: Path) -> None:
         tokens = torch.zeros(BATCH, 1, 16, dtype=torch.int64)
         pixels = torch.zeros(BATCH, 3, *student.preprocess.size, device=GPU)
         watch.to_device.clear()
-        values = step(0, pixels, tokens, targets, pairs)
-    assert values.loss == 1.0
-    assert (waits, watch.to_device) == ({"tolist": 1}, {False: 3})  # two targets, tokens
+        first = step(0, pixels, tokens, targets, pairs)
+        step(1, pixels, tokens, targets, pairs)
+        assert (waits, watch.to_device, watch.to_host) == ({}, {False: 6}, {False: 2})  # two targets, tokens; values
+        assert first.read().loss == 1.0
+    assert waits == {"tolist": 1}
 
 
 def fake_step(config: Any, student: Student) -> TrainStep:

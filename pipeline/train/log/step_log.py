@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import EpochRecord, Selection
 from teacher_cache.pipeline.train.log.trackers import Trackers
-from teacher_cache.pipeline.train.step import StepValues
+from teacher_cache.pipeline.train.step_values import StepValues
 from teacher_cache.storage.observe.logs import event, logger
 
 _LOG = logger("train")
@@ -22,16 +23,14 @@ class StepLog:
     def __init__(self, run: RunFolder, trackers: Trackers) -> None:
         self._run, self._trackers = run, trackers
 
-    def step(
-        self, step: int, epoch: int, values: StepValues, samples_per_second: float, data_wait_share: float
-    ) -> None:
-        """Log one step; steps count from 1."""
+    def step(self, epoch: int, values: StepValues, samples_per_second: float, data_wait_share: float) -> None:
+        """Log one step."""
         after = {
             "learning_rate": values.learning_rate,
             "grad_norm": values.grad_norm,
             "logit_scale": values.logit_scale,
         }
-        self._run.log({"step": step, "epoch": epoch, "loss": values.loss, **values.parts, **after})
+        self._run.log({"step": values.step, "epoch": epoch, "loss": values.loss, **values.parts, **after})
         scalars = {
             "loss": values.loss,
             **{f"loss/{name}": value for name, value in values.parts.items()},
@@ -39,7 +38,7 @@ class StepLog:
             "samples_per_second": samples_per_second,
             "data_wait_share": data_wait_share,
         }
-        self._trackers.log(scalars, step)
+        self._trackers.log(scalars, values.step)
 
     def epoch(self, step: int, record: EpochRecord) -> None:
         """Log the means of an epoch, and the measurement after it, at its last step."""
@@ -77,7 +76,8 @@ class EpochMeter:
     """Timer of an epoch's steps, which adds them to its sums.
 
     Call :meth:`batch_arrived`, :meth:`step_taken` and :meth:`wait` in this order. Time between the last two, such as
-    writing a checkpoint, does not count as waiting.
+    writing a checkpoint, does not count as waiting. Call :meth:`values_read` before the next step is taken, and before
+    the sums are saved.
 
     Attributes:
         rate: samples per second of this epoch in this process.
@@ -89,24 +89,29 @@ class EpochMeter:
         self._first, self._seconds, self._waited = sums.steps, sums.seconds, sums.waited
         self._started = self._waiting = self._arrived = time.perf_counter()
         self.rate = self.wait_share = 0.0
+        self._timed: dict[str, Any] = {}
 
     def batch_arrived(self) -> None:
         """End the wait for a batch."""
         self._arrived = time.perf_counter()
         self._sums.waited += self._arrived - self._waiting
 
-    def step_taken(self, values: StepValues, rows: int) -> None:
+    def step_taken(self, rows: int) -> None:
         """Add a step on ``rows`` samples of this process."""
         sums, ended = self._sums, time.perf_counter()
         sums.steps += 1
-        for name, value in {"loss": values.loss, **values.parts}.items():
-            sums.values[name] = sums.values.get(name, 0.0) + value
         spent = ended - self._started
         sums.seconds = self._seconds + spent
-        timed = {"data_wait_seconds": self._arrived - self._waiting, "seconds": ended - self._arrived}
-        event(_LOG, logging.DEBUG, "step finished", num_samples=rows, loss=values.loss, **timed)
+        self._timed = {"data_wait_seconds": self._arrived - self._waiting, "seconds": ended - self._arrived}
+        self._timed["num_samples"] = rows
         self.rate = (sums.steps - self._first) * self._batch_size / spent
         self.wait_share = (sums.waited - self._waited) / spent
+
+    def values_read(self, values: StepValues) -> None:
+        """Add the values of the last step taken."""
+        for name, value in {"loss": values.loss, **values.parts}.items():
+            self._sums.values[name] = self._sums.values.get(name, 0.0) + value
+        event(_LOG, logging.DEBUG, "step finished", loss=values.loss, **self._timed)
 
     def wait(self) -> None:
         """Start the wait for the next batch."""

@@ -32,7 +32,8 @@ from teacher_cache.pipeline.models.student import (
 from teacher_cache.pipeline.train.loop import StepProgress, train
 from teacher_cache.pipeline.train.losses import LossInputs, TeacherQueue, weighted_sum
 from teacher_cache.pipeline.train.optimizer import WeightAverage, learning_rate_share
-from teacher_cache.pipeline.train.step import StepValues, TrainStep
+from teacher_cache.pipeline.train.step import TrainStep
+from teacher_cache.pipeline.train.step_values import StepValues
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import TINY_MODEL
@@ -66,7 +67,7 @@ class OneStep:
         self.queue = TeacherQueue(self.config.queue_rows, reader.embed_dim) if self.config.queue_rows else None
         step = TrainStep(self.config, fabric, model, self.student, optimizer, teacher, 1, self.queue)
         (self.targets,) = teacher.targets([pairs])
-        self.values: StepValues = step(0, self.pixels, self.tokens, self.targets, pairs)
+        self.values: StepValues = step(0, self.pixels, self.tokens, self.targets, pairs).read()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: value.grad for name, value in self.student.named_parameters() if value.grad is not None}
