@@ -15,9 +15,9 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity
 
 _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
-# places, save intervals and trackers: these may change when a run resumes
+# places, save intervals, waits and trackers: these may change when a run resumes
 _MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
-_MAY_DIFFER |= {"report_to"}
+_MAY_DIFFER |= {"rank_timeout_seconds", "report_to"}
 
 # beside CHECKPOINT_CONFIG in a checkpoint; both names are open_clip's
 CHECKPOINT_WEIGHTS = "open_clip_model.safetensors"

@@ -163,6 +163,12 @@ class TrainConfig(StageConfig):
     checkpoint_steps: int | None = Field(
         None, gt=0, description="Maximum number of steps between such points. Default: no limit."
     )
+    rank_timeout_seconds: float = Field(
+        4 * 3600.0,
+        gt=0,
+        description="Time in seconds that a device waits for the others before the run ends: more than rank 0 takes to "
+        "measure the select split or to save. Default: 4 hours.",
+    )
     select_split: str | None = Field(
         None,
         description="Split on which each epoch is measured; the best epoch becomes checkpoint best. Default: none.",

@@ -50,6 +50,7 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
     One device is used in this process. For several, Fabric starts new processes and joins them into a group (NCCL on
     CUDA, gloo on CPUs). ``work`` and ``args`` are pickled; rank 0 reports to ``progress``. If a process fails, the
     others are ended and its error is raised here: with its own class if that is in ``_ERRORS``, else as torch's error.
+    A rank that hangs fails the others after ``rank_timeout_seconds``.
 
     Under torchrun, this process calls ``work`` for its own device.
 
@@ -58,6 +59,8 @@ def launch(config: TrainConfig, work: Callable[..., None], *args: Any, progress:
 
     Raises:
         UsageError: a device is missing, the port of metrics is taken, or torchrun's processes cannot share a batch.
+        ChildProcessError: a process was killed.
+        TimeoutError: a process waited too long for another one.
     """
     device = resolve_device(config.device)
     precision: Any = "bf16-mixed" if config.precision == "bf16" else "32-true"
@@ -80,8 +83,16 @@ def _work_on_rank(
     fabric: Fabric, config: TrainConfig, report: Progress | None, work: Callable[..., None], args: Any
 ) -> None:
     keep_freed_memory(fabric.device)
-    with observed(fabric.local_rank, rank=fabric.global_rank) if fabric.world_size > 1 else observed():
-        work(fabric, config, report, *args)
+    try:
+        with observed(fabric.local_rank, rank=fabric.global_rank) if fabric.world_size > 1 else observed():
+            work(fabric, config, report, *args)
+    except RuntimeError as error:
+        if "Timed out waiting" not in str(error):  # gloo's words
+            raise
+        raise TimeoutError(
+            f"rank {fabric.global_rank} waited {config.rank_timeout_seconds:g} s for another rank, which hangs or is "
+            "still at work. Go on by --resume; --set rank_timeout_seconds=N waits longer"
+        ) from error
 
 
 def _torchrun_fabric(config: TrainConfig, device: torch.device, make: Callable[..., Fabric]) -> Fabric:
@@ -96,12 +107,13 @@ def _torchrun_fabric(config: TrainConfig, device: torch.device, make: Callable[.
     if config.batch_size % processes:
         raise UsageError(f"batch_size {config.batch_size} cannot be shared evenly by torchrun's {processes} processes")
     nodes = processes // local
-    return make(devices=local, num_nodes=nodes, strategy=_ddp(), plugins=[TorchElasticEnvironment()])
+    return make(devices=local, num_nodes=nodes, strategy=_ddp(config), plugins=[TorchElasticEnvironment()])
 
 
-def _ddp(**kwargs: Any) -> DDPStrategy:
+def _ddp(config: TrainConfig, **kwargs: Any) -> DDPStrategy:
     # the other ranks wait while rank 0 measures the student; torch's 30 minutes are too short for a large split
-    return DDPStrategy(timeout=timedelta(hours=4), gradient_as_bucket_view=True, **kwargs)
+    timeout = timedelta(seconds=config.rank_timeout_seconds)
+    return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True, **kwargs)
 
 
 def _spawn(
@@ -121,7 +133,7 @@ def _spawn(
         )
     # spawn: flows, tests and notebooks cannot be started again as a command, and a fork server that already runs
     # would not pass on the port, which Fabric sets in the environment
-    fabric = make(devices=config.devices, strategy=_ddp(start_method="spawn"))
+    fabric = make(devices=config.devices, strategy=_ddp(config, start_method="spawn"))
     pipes = [multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in range(config.devices)]
     receivers, senders = [pipe[0] for pipe in pipes], [pipe[1] for pipe in pipes]
     errors: list[BaseException] = []
@@ -130,8 +142,13 @@ def _spawn(
     with _relayed(receivers, senders, progress, errors), _own_environment():
         try:
             fabric.launch(_rank, senders, config, work, args)
-        except (ProcessRaisedException, ProcessExitedException) as error:
+        except ProcessRaisedException as error:
             failed = error
+        except ProcessExitedException as error:
+            failed = ChildProcessError(
+                f"rank {error.error_index} was ended by {error.signal_name or f'exit code {error.exit_code}'}; SIGKILL "
+                "is most often want of memory. Go on by --resume"
+            )
         except BaseException:  # Ctrl-C: the ranks would go on
             for child in set(multiprocessing.active_children()) - before:
                 child.terminate()
