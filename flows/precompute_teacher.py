@@ -1,28 +1,27 @@
-"""Flow ``precompute-teacher``: plan the cache, encode its pending chunks span by span, seal it.
+"""Flow ``precompute-teacher``: plan the cache, encode its pending chunks, seal it.
 
-The cache, not Prefect, records what is done: a new run reads the missing chunks from the cache. Spans run one after
-another in one process, since they share the device and the loaded teacher. With the executor ``ray`` one task hands all
-chunks to a cluster.
+The cache, not Prefect, records what is done: a new run reads the missing chunks from the cache. One task encodes all of
+them, so that the teacher never waits between two chunks; with the executor ``ray`` it hands them to a cluster.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
-from pydantic import Field
 
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.markdown import cache_text, problem_lines
 from teacher_cache.flows.parameters import ReportPage, named, parameters_of
 from teacher_cache.flows.progress import LoggedProgress, Share, hints_logged, progress_artifact
 from teacher_cache.flows.report_artifacts import leave_report, page_beside, teacher_recall
-from teacher_cache.flows.retries import TRIED_AGAIN
+from teacher_cache.flows.retries import TRIED_AGAIN, tried_again_while
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.storage.format.commits import ChunkRef
@@ -31,6 +30,7 @@ from teacher_cache.storage.observe.telemetry import observed
 if TYPE_CHECKING:
     from teacher_cache.pipeline.models.teacher import LiveTeacher
     from teacher_cache.pipeline.precompute.run import PrecomputeResult
+    from teacher_cache.storage.write.writer import EmbeddingWriter
 
 ARTIFACT = "precompute-teacher"
 
@@ -42,14 +42,7 @@ ARTIFACT = "precompute-teacher"
     validate_parameters=False,
 )
 @parameters_of(PrecomputeConfig, ("dataset", "teacher", "pretrained", "cache", "reuse", "device", "report"))
-def precompute_teacher(
-    *,
-    chunks_per_span: Annotated[
-        int | None, Field(gt=0, description="Number of chunks per task run. Default: about 16 task runs.")
-    ] = None,
-    report: ReportPage = True,
-    **settings: Any,
-) -> dict[str, Any]:
+def precompute_teacher(*, report: ReportPage = True, **settings: Any) -> dict[str, Any]:
     """Run a teacher once over a dataset and keep its embeddings. Run it again to resume after a stop."""
     started = time.perf_counter()
     config = check_config(PrecomputeConfig, settings, ARTIFACT)
@@ -59,13 +52,11 @@ def precompute_teacher(
     with progress_artifact(ARTIFACT, config.cache) as progress:
         with slots, observed(run=flow_run.name, cache=config.cache):
             with hints_logged() as hints:
-                spans = plan(config, chunks_per_span, progress.part(0, 0))
-            if spans and fans_out:
-                encoded, spans = fan_out(config, spans, progress.part(0, 1)), []
-            chunks, done = sum(map(len, spans)), 0
-            for span in spans:
-                before, done = done, done + len(span)
-                encoded += encode_span(config, span_name(span), span, progress.part(before / chunks, done / chunks))
+                pending = plan(config, progress.part(0, 0))
+            if pending and fans_out:
+                encoded = fan_out(config, pending, progress)
+            elif pending:
+                encoded = encode_here(config, pending, progress)
         result = seal(config.cache, encoded, time.perf_counter() - started, config.reuse)
         LoggedProgress(get_run_logger(), progress).end(f"finished, {encoded:,} chunks encoded by this run")
     create_table_artifact(summary_table(result), key=ARTIFACT, description=f"`{result.cache}`")
@@ -74,15 +65,15 @@ def precompute_teacher(
 
 
 @task(name="plan", task_run_name="plan", **TRIED_AGAIN)
-def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) -> list[list[ChunkRef]]:
-    """Write the cache's manifest and tables, or check them, and return the spans to encode.
+def plan(config: PrecomputeConfig, share: Share) -> list[ChunkRef]:
+    """Write the cache's manifest and tables, or check them, and return the chunks to encode.
 
     Args:
         share: part of the flow's progress, of width 0: the length of this stage is unknown.
     """
     # imported here: prefect deploy imports this file and needs no torch
     from teacher_cache.pipeline.data.datasets.spec import check_dataset
-    from teacher_cache.pipeline.precompute.executors import chunk_spans, open_executor
+    from teacher_cache.pipeline.precompute.executors import open_executor
     from teacher_cache.pipeline.precompute.plan import plan_precompute
 
     logger = get_run_logger()
@@ -92,42 +83,53 @@ def plan(config: PrecomputeConfig, chunks_per_span: int | None, share: Share) ->
     else:
         with open_executor(config) as executor:
             pending = executor.plan(config, LoggedProgress(logger, share))
-    spans = chunk_spans(pending, chunks_per_span)
-    logger.info(f"{config.cache}: {len(pending)} chunks to encode in {len(spans)} spans")
-    return spans
+    logger.info(f"{config.cache}: {len(pending)} chunks to encode")
+    return pending
 
 
-def span_name(span: Sequence[ChunkRef]) -> str:
-    """Return the name of a span by its first and last chunk, without views: ``image-000000-000003``."""
-    return f"{span[0].tower}-{span[0].chunk:06d}-{span[-1].chunk:06d}"
+def encode_here(config: PrecomputeConfig, pending: Sequence[ChunkRef], share: Share) -> int:
+    """Encode chunks in this process, together with others on this cache. Return the number that this run encoded.
+
+    The tries of one task begin anew with each that commits a chunk: a run of hours may lose its connection often.
+    """
+    from teacher_cache.storage.write.writer import EmbeddingWriter
+
+    writer = EmbeddingWriter(config.cache)
+    encode.with_options(**tried_again_while(lambda: len(writer.written)))(config, pending, writer, share)
+    return len(writer.written)
 
 
-@task(name="encode", task_run_name="encode-{name}", **TRIED_AGAIN)
-def encode_span(config: PrecomputeConfig, name: str, span: list[ChunkRef], share: Share) -> int:
-    """Encode the chunks of one span. All are committed when it returns. Return the number that this run encoded.
+@task(name="encode", task_run_name="encode", **TRIED_AGAIN)
+def encode(config: PrecomputeConfig, pending: Sequence[ChunkRef], writer: EmbeddingWriter, share: Share) -> None:
+    """Encode chunks in this process. All are committed when it returns, by any process.
 
     Args:
-        name: name of the span, for the task run.
-        share: this span's part of the flow's progress.
+        writer: writer of the cache, which counts the chunks that it commits over all tries.
+        share: this stage's part of the flow's progress.
     """
     from teacher_cache.pipeline.precompute.encode import encode_shared
 
     logger = get_run_logger()
-    started = time.perf_counter()
+    started, before = time.perf_counter(), len(writer.written)
+    progress = LoggedProgress(logger, share, _chunks_by_stage(pending))
     # skips chunks that an earlier try or another run has committed
-    encoded = encode_shared(config, _teacher(config), span, LoggedProgress(logger, share))
-    logger.info(f"{name}: {encoded} of {len(span)} chunks in {time.perf_counter() - started:,.1f} s")
-    return encoded
+    encode_shared(config, _teacher(config), pending, progress, writer=writer)
+    done = len(writer.written) - before
+    logger.info(f"{done} of {len(pending)} chunks in {time.perf_counter() - started:,.1f} s")
 
 
 @task(name="fan-out", task_run_name="encode-on-{config.executor}", **TRIED_AGAIN)
-def fan_out(config: PrecomputeConfig, spans: list[list[ChunkRef]], share: Share) -> int:
-    """Encode the chunks of all spans on the workers of the executor. Return the number of chunks encoded."""
+def fan_out(config: PrecomputeConfig, pending: Sequence[ChunkRef], share: Share) -> int:
+    """Encode chunks on the workers of the executor. Return the number of chunks encoded."""
     from teacher_cache.pipeline.precompute.executors import open_executor
 
-    refs = [ref for span in spans for ref in span]
+    progress = LoggedProgress(get_run_logger(), share, _chunks_by_stage(pending))
     with open_executor(config) as executor:
-        return executor.encode(config, refs, LoggedProgress(get_run_logger(), share))
+        return executor.encode(config, pending, progress)
+
+
+def _chunks_by_stage(refs: Iterable[ChunkRef]) -> Counter[str]:
+    return Counter("images" if ref.tower == "image" else "captions" for ref in refs)
 
 
 @task(name="seal", task_run_name="seal", **TRIED_AGAIN)

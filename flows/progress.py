@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 from uuid import UUID
@@ -43,7 +43,7 @@ class Share(BaseModel, frozen=True):
     first: float = Field(0.0, description="Percent at which the stage begins.")
     last: float = Field(100.0, description="Percent at which the stage ends.")
 
-    def move(self, done: int, total: int, note: str) -> None:
+    def move(self, done: float, total: float, note: str) -> None:
         """Move the artifact. If the server does not answer, the error of Prefect's client comes after minutes."""
         percent = self.first + (self.last - self.first) * (done / total if total else 1.0)
         _update(self.artifact, percent, f"`{self.what}`: {note}")
@@ -164,11 +164,14 @@ class LoggedProgress:
 
     Args:
         share: share of the artifact to move; None for lines only.
+        sizes: sizes of stages by name, if the share is of several.
     """
 
-    def __init__(self, logger: _Logger, share: Share | None = None) -> None:
+    def __init__(self, logger: _Logger, share: Share | None = None, sizes: Mapping[str, float] | None = None) -> None:
         self._logger = logger
         self._share = share
+        self._sizes = sizes
+        self._done: dict[str, float] = {}
         self._last_line = self._next_move = time.monotonic()
         self._failed = False
 
@@ -179,6 +182,7 @@ class LoggedProgress:
             note: text after the numbers, for example a loss.
         """
         now = time.monotonic()
+        self._done[stage] = done / total if total else 1.0
         text = f"{stage}: {done:,} of {total:,} {note}".rstrip()
         if now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
@@ -186,7 +190,9 @@ class LoggedProgress:
         if self._share is not None and now >= max(self._next_move, _mover.rests_until):
             self._next_move = now + _SECONDS_BETWEEN_MOVES
             share = self._share
-            self._put(share, lambda: share.move(done, total, text))
+            sizes = self._sizes or {stage: 1.0}
+            moved = sum(size * self._done.get(name, 0.0) for name, size in sizes.items())
+            self._put(share, lambda: share.move(moved, sum(sizes.values()), text))
 
     def end(self, note: str) -> None:
         """Move the artifact to the end of the stage. Waits a few seconds at most."""

@@ -7,6 +7,7 @@ a full disk or a missing permission needs a person.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from prefect.cache_policies import NO_CACHE
@@ -17,6 +18,7 @@ from teacher_cache.storage.files.transient import is_transient
 
 RETRIES = 3
 RETRY_DELAYS = [10.0, 60.0, 300.0]
+_MOST_RENEWALS = 16  # Prefect takes at most 50 delays
 
 
 def retry_transient(task: Any, task_run: Any, state: Any) -> bool:
@@ -37,6 +39,26 @@ TRIED_AGAIN: dict[str, Any] = {
     "cache_policy": NO_CACHE,
     "persist_result": False,
 }
+
+
+def tried_again_while(done: Callable[[], int]) -> dict[str, Any]:
+    """Return the retry options of a task that keeps what it has done: its tries begin anew when ``done()`` has grown.
+
+    A run of hours outlasts more than three failures, if something is done between them. One that gets nowhere still
+    ends after three retries.
+    """
+    futile, before = 0, done()
+
+    def gets_somewhere(task: Any, task_run: Any, state: Any) -> bool:
+        nonlocal futile, before
+        futile, before = (futile + 1 if done() == before else 1), done()
+        return futile <= RETRIES and retry_transient(task, task_run, state)
+
+    return {
+        "retries": RETRIES * _MOST_RENEWALS,
+        "retry_delay_seconds": RETRY_DELAYS * _MOST_RENEWALS,
+        "retry_condition_fn": gets_somewhere,
+    }
 
 
 def no_traceback(record: logging.LogRecord) -> bool:

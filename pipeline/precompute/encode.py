@@ -100,7 +100,7 @@ def encode_claimed(
             stretches, claimed = stretches_of(shared.pending), list[ChunkRef]()
             # the stretches that killed the most processes come last, one at a time
             for takeovers in (0, 1, None):
-                coming = claims.share(stretches, shared.is_done, takeovers)
+                coming = claims.share(stretches, lambda ref: shared.is_done(ref) and tally.found(ref), takeovers)
                 encoder.encode(_noted(coming if takeovers == 0 else islice(coming, 1), claimed))
                 if claimed:
                     break
@@ -120,6 +120,7 @@ class RowTally:
         self._layout = layout
         self._progress = progress
         self._done: Counter[str] = Counter()
+        self._found, self._whole = deque[ChunkRef](), set[ChunkRef]()
         self._total = rows_by_tower(layout, refs)
 
     def __enter__(self) -> Self:
@@ -131,18 +132,29 @@ class RowTally:
         for tower, rows in self._done.items() if error is not None else ():
             event(_LOG, logging.DEBUG, "rows done", tower=tower, num_rows=-rows)
 
+    def found(self, ref: ChunkRef) -> bool:
+        """Note a finished chunk, which is counted with the next rows. May be called in any thread. Return True."""
+        self._found.append(ref)
+        return True
+
     def add_rows(self, ref: ChunkRef, rows: int) -> None:
-        """Count rows of a chunk."""
+        """Count rows of a chunk, and the chunks that were found finished."""
+        self.add(self._found.popleft() for _ in range(len(self._found)))
+        self._count(ref, rows)
+
+    def add(self, refs: Iterable[ChunkRef]) -> None:
+        """Count all rows of chunks, of each chunk once."""
+        for ref in refs:
+            if ref not in self._whole:
+                self._whole.add(ref)
+                self._count(ref, len(ref.rows(self._layout)))
+
+    def _count(self, ref: ChunkRef, rows: int) -> None:
         self._done[ref.tower] += rows
         event(_LOG, logging.DEBUG, "rows done", tower=ref.tower, num_rows=rows)
         if self._progress is not None:
             stage = "images" if ref.tower == "image" else "captions"
             self._progress(stage, self._done[ref.tower], self._total[ref.tower])
-
-    def add(self, refs: Iterable[ChunkRef]) -> None:
-        """Count all rows of chunks."""
-        for ref in refs:
-            self.add_rows(ref, len(ref.rows(self._layout)))
 
 
 class _SharedChunks:

@@ -7,7 +7,6 @@ the identity nor the manifest names one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -16,9 +15,7 @@ from teacher_cache.pipeline.precompute.encode import encode_shared
 from teacher_cache.pipeline.precompute.plan import Progress, plan_precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import MissingPackageError, UsageError
-from teacher_cache.storage.format.commits import ChunkRef, stretches_of
-
-MOST_SPANS = 16  # a graph that a person can read; each task run costs the server a dozen calls
+from teacher_cache.storage.format.commits import ChunkRef
 
 
 class Executor(Protocol):
@@ -98,25 +95,3 @@ def open_executor(config: PrecomputeConfig) -> Executor:
             raise
         raise MissingPackageError("ray", f"executor {config.executor!r}") from error
     return RayExecutor(None if config.executor == "ray" else config.executor, config.workers)
-
-
-def chunk_spans(pending: Sequence[ChunkRef], chunks_per_span: int | None = None) -> list[list[ChunkRef]]:
-    """Cut pending chunks into spans for separate tasks, each within one tower.
-
-    All views of the same images stay in one span, so that an image is read once.
-
-    Args:
-        chunks_per_span: maximum number of chunks. Default: one that gives at most 16 spans.
-    """
-    if chunks_per_span is None:
-        size = max(1, ceil(len(pending) / MOST_SPANS))
-        while len(spans := chunk_spans(pending, size)) > MOST_SPANS:
-            size += ceil(size / MOST_SPANS)
-        return spans
-    spans = []
-    for stretch in stretches_of(pending):
-        if spans and len(spans[-1]) + len(stretch) <= chunks_per_span and spans[-1][0].tower == stretch[0].tower:
-            spans[-1].extend(stretch)
-        else:
-            spans.append(stretch)
-    return spans

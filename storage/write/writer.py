@@ -47,6 +47,8 @@ class EmbeddingWriter:
         self.manifest = manifest or read_manifest(self.files)
         self.commits: CommitRecords | None = None
         """Commit records of all chunks, once the cache is sealed by this writer."""
+        self.written: set[ChunkRef] = set()
+        """Chunks that this writer has committed."""
         self.samples = TableRows(self.files, self.manifest, SAMPLES)
         """Samples table, read by rows."""
         self.captions = TableRows(self.files, self.manifest, CAPTIONS)
@@ -147,6 +149,7 @@ class EmbeddingWriter:
         )
         # commit record last: once it exists, the chunk can be trusted
         self.files.write(ref.commit_key, commit.to_bytes())
+        self.written.add(ref)
         if cost is not None:
             spent = time.perf_counter() - started
             noted = cost.model_copy(update={"write_seconds": spent, "seconds": cost.seconds + spent})

@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ import pytest
 
 from tests.conftest import TINY_MODEL
 from tests.object_store import ServerEndedError, free_ports, started
+from tests.pipeline.data.dataset_files import served as served_by
 
 # importing prefect makes its home folder; not in that of whoever runs the tests
 if "PREFECT_HOME" not in os.environ:
@@ -226,6 +229,46 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class HalfServed(BaseHTTPRequestHandler):
+    """Pictures by HTTP. Each is given once; while the gate is shut, only the first eight are given again.
+
+    A cache of them is planned, and stops in the middle of its images.
+    """
+
+    folder: Path
+    given: set[str]
+    gate: threading.Event
+
+    def do_GET(self) -> None:
+        if self.path in self.given and int(Path(self.path).stem) >= 8 and not self.gate.wait(1.0):
+            self.send_error(503)
+            return
+        self.given.add(self.path)
+        data = (self.folder / self.path[1:]).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def half_served(tmp_path: Path) -> Iterator[tuple[str, threading.Event]]:
+    """A dataset of 28 pictures by HTTP, each with a caption, and the gate that opens its second half."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for number in range(IMAGES):
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    gate = threading.Event()
+    with served_by(type("Handler", (HalfServed,), {"folder": tmp_path, "given": set(), "gate": gate})) as address:
+        lines = [f"{address}/{number}.png,number {number}" for number in range(IMAGES)]
+        (tmp_path / "pictures.csv").write_text("\n".join(["filepath,title", *lines]) + "\n")
+        yield f"table:{tmp_path}/pictures.csv", gate
+
+
 def precompute_settings(
     pictures: Path, teacher: Path, cache: Path, report: bool = True, **advanced: Any
 ) -> dict[str, Any]:
@@ -250,7 +293,7 @@ class FlowRun(NamedTuple):
 def precomputed(served: Serve, pictures: Path, tiny_teacher: Path) -> FlowRun:
     """A cache made by a run of precompute-teacher."""
     cache = served.folder / "pictures.cache"
-    parameters = precompute_settings(pictures, tiny_teacher, cache, chunk_rows=8, chunks_per_span=2)
+    parameters = precompute_settings(pictures, tiny_teacher, cache, chunk_rows=8)
     code, output, flow_run = served.run("precompute-teacher/default", **parameters)
     assert code == 0, output + served.worker_log()
     return FlowRun(cache, flow_run)

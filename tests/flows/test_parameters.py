@@ -1,4 +1,4 @@
-"""Flow parameters, spans, and ``prefect.yaml`` against both."""
+"""Flow parameters, and ``prefect.yaml`` against both."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from prefect.exceptions import ParameterBindError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.callables import get_call_parameters, parameter_schema
@@ -21,10 +19,9 @@ from prefect.utilities.callables import get_call_parameters, parameter_schema
 from teacher_cache.flows.deploy_student import deploy_student
 from teacher_cache.flows.evaluate_student import evaluate_student
 from teacher_cache.flows.parameters import ReportPage, in_parameters, parameters_of
-from teacher_cache.flows.precompute_teacher import precompute_teacher, span_name
+from teacher_cache.flows.precompute_teacher import precompute_teacher
 from teacher_cache.flows.retrain_student import retrain_student
 from teacher_cache.flows.train_student import train_student
-from teacher_cache.pipeline.precompute.executors import MOST_SPANS, chunk_spans
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
@@ -32,7 +29,6 @@ from teacher_cache.pipeline.settings.promote import RetrainConfig
 from teacher_cache.pipeline.settings.recipes import RECIPE_SETTINGS
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.format.commits import ChunkRef
 
 PROJECT = Path(__file__).resolve().parents[2]
 STAGES = [
@@ -42,7 +38,7 @@ STAGES = [
     (deploy_student, DeployConfig),
     (retrain_student, RetrainConfig),
 ]
-OWN = {"chunks_per_span", "evaluate_split", "evaluate_checkpoint", "report", "timeout_seconds"}
+OWN = {"evaluate_split", "evaluate_checkpoint", "report", "timeout_seconds"}
 # the form in its order, as the page says it; all other settings are in advanced
 EVERYDAY = {
     flow: re.findall(r"`(\w+)`", names)
@@ -155,11 +151,6 @@ GPU = "device: device 'gpu' is not known; use auto, cpu, cuda or cuda:N"
         (deploy_student, {"run": "r", "out": "o", "int8": "ja"}, "int8: 'ja' is neither true nor false"),
         (precompute_teacher, {**CACHE, "report": "ja"}, "report: 'ja' is neither true nor false"),
         (train_student, {**STUDENT, "epochs": 0}, "epochs: must be greater than 0, not 0"),
-        (
-            precompute_teacher,
-            {**CACHE, "advanced": {"chunks_per_span": 0}},
-            "chunks_per_span: must be greater than 0, not 0",
-        ),
         (precompute_teacher, {**CACHE, "advanced": {"chunk_rows": 0}}, "chunk_rows: must be greater than 0, not 0"),
         (
             precompute_teacher,
@@ -319,29 +310,3 @@ def test_deploying_needs_no_torch():
     environment = {**os.environ, "DO_NOT_TRACK": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
-
-
-refs = st.builds(
-    lambda images, texts: [ChunkRef("image", 0, n) for n in sorted(images)] + [ChunkRef("text", 0, n) for n in texts],
-    st.sets(st.integers(0, 300)),
-    st.integers(0, 300).map(range),
-)
-
-
-@given(refs)
-def test_spans_hold_every_pending_chunk_once_and_are_few(pending):
-    """No more than 16, each within one tower and view, also when chunks in between are done."""
-    spans = chunk_spans(pending)
-    assert sorted(ref for span in spans for ref in span) == sorted(pending)
-    of_rows = [{(ref.tower, ref.chunk) for ref in span} for span in spans]
-    assert sum(map(len, of_rows)) == len(set.union(set(), *of_rows))  # the views of an image are in one span
-    assert len(spans) <= MOST_SPANS
-    for cut in (spans, chunk_spans(pending, 3)):
-        assert all(len({ref.tower for ref in span}) == 1 for span in cut)
-    assert all(len(span) <= 3 for span in chunk_spans(pending, 3))
-    assert len({span_name(span) for span in spans}) == len(spans)
-
-
-def test_span_names_are_the_names_of_their_ends():
-    assert span_name([ChunkRef("image", *at) for at in ((0, 0), (1, 0), (0, 3))]) == "image-000000-000003"
-    assert span_name([ChunkRef("text", 0, 12)]) == "text-000012-000012"

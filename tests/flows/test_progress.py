@@ -86,6 +86,15 @@ def test_it_moves_within_its_share_at_most_every_two_seconds(server):
     assert log.lines == []  # a line every 30 seconds
 
 
+def test_a_share_of_two_stages_goes_one_way_also_if_they_take_turns(server):
+    progress = LoggedProgress(Log(), Share(artifact=uuid4(), what="c.cache"), {"images": 1, "captions": 3})
+    for stage, done in (("images", 4), ("captions", 4), ("images", 8), ("captions", 8)):
+        server.now += 10
+        progress(stage, done, 8)
+        assert settled()
+    assert [percent for percent, _ in server.told] == [12.5, 50.0, 62.5, 100.0]
+
+
 def test_a_part_of_a_part_and_a_stage_of_nothing(server):
     share = Share(artifact=uuid4(), what="w", first=20.0, last=60.0).part(0.5, 1.0)
     assert (share.first, share.last) == (40.0, 60.0)

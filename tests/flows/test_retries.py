@@ -14,8 +14,8 @@ from prefect.task_engine import TaskRunTimeoutError
 from teacher_cache.flows import evaluate_student, precompute_teacher, train_student
 from teacher_cache.flows.deploy_student import deploy_run
 from teacher_cache.flows.evaluate_student import evaluate_run
-from teacher_cache.flows.precompute_teacher import encode_span, fan_out, plan, seal
-from teacher_cache.flows.retries import RETRIES, RETRY_DELAYS, retry_transient
+from teacher_cache.flows.precompute_teacher import encode, fan_out, plan, seal
+from teacher_cache.flows.retries import RETRIES, RETRY_DELAYS, retry_transient, tried_again_while
 from teacher_cache.flows.train_student import train_run
 from teacher_cache.pipeline.deploy.record import DeploymentError
 from teacher_cache.storage import errors
@@ -112,7 +112,7 @@ def test_tasks_wait_longer_each_time_keep_no_results_and_training_is_never_repea
     """The store says what is done."""
     assert len(RETRY_DELAYS) == RETRIES
     assert sorted(RETRY_DELAYS) == RETRY_DELAYS
-    for task in (plan, encode_span, fan_out, seal, train_run, evaluate_run, deploy_run, *REPORTS):
+    for task in (plan, encode, fan_out, seal, train_run, evaluate_run, deploy_run, *REPORTS):
         assert task.persist_result is False
         assert task.cache_policy.compute_key(None, {}, {}) is None
         if task is train_run:
@@ -120,3 +120,25 @@ def test_tasks_wait_longer_each_time_keep_no_results_and_training_is_never_repea
             continue
         assert (task.retries, task.retry_delay_seconds) == (RETRIES, RETRY_DELAYS)
         assert task.retry_condition_fn is retry_transient
+
+
+def test_tries_that_keep_something_begin_anew_and_those_that_do_not_are_three():
+    done, lost = 0, SimpleNamespace(data=ConnectionResetError("reset"))
+    options = tried_again_while(lambda: done)
+    again = options["retry_condition_fn"]
+    for _ in range(3 * RETRIES):
+        done += 1
+        assert again(None, None, lost)
+    assert [again(None, None, lost) for _ in range(RETRIES)] == [True] * (RETRIES - 1) + [False]
+    done += 1
+    assert not again(None, None, SimpleNamespace(data=errors.CacheCorruptError("bad bytes")))
+    # whenever it begins, one that gets nowhere waits as long as any other task
+    delays = options["retry_delay_seconds"]
+    assert len(delays) == options["retries"] <= 50
+    assert all(sorted(delays[first : first + RETRIES]) == RETRY_DELAYS for first in range(len(delays) - RETRIES))
+
+
+def test_the_first_tries_are_three_too():
+    again = tried_again_while(lambda: 7)["retry_condition_fn"]
+    failures = [again(None, None, SimpleNamespace(data=TimeoutError("slow"))) for _ in range(RETRIES + 1)]
+    assert failures == [True] * RETRIES + [False]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from teacher_cache.flows import precompute_teacher as flow_module
+from teacher_cache.flows.retries import RETRIES
 from teacher_cache.storage.check.verify import verify_cache
 from tests.flows.conftest import CAPTIONS, IMAGES, Serve, committed, precompute_settings, running
 from tests.object_store import free_ports
@@ -21,15 +22,13 @@ from tests.object_store import free_ports
 pytestmark = pytest.mark.service
 
 
-def test_a_deployment_run_makes_a_whole_cache_one_task_run_per_span(served, precomputed):
+def test_a_deployment_run_makes_a_whole_cache_in_one_encode_call(served, precomputed):
     cache, flow_run = precomputed
     report = verify_cache(str(cache))
     assert report.ok, report.findings
     assert (report.images, report.captions, report.quarantined) == (IMAGES, CAPTIONS, 1)
-    # 4 chunks of 8 images, 11 of 8 captions, two to a span, no span across towers
-    texts = [f"encode-text-{first:06d}-{min(first + 1, 10):06d}" for first in range(0, 11, 2)]
-    images = ["encode-image-000000-000001", "encode-image-000002-000003"]
-    assert served.task_names(flow_run) == ["plan", *images, *texts, "seal", "report"]
+    # 15 chunks of two towers, and one pass of the pipe
+    assert served.task_names(flow_run) == ["plan", "encode", "seal", "report"]
 
 
 def test_the_artifact_tells_what_the_cache_holds(served, precomputed):
@@ -121,27 +120,31 @@ def test_a_student_is_trained_and_measured(served, trained):
 
 
 def test_a_lost_connection_is_retried_and_a_damaged_cache_is_not(here, pictures, tiny_teacher, tmp_path, monkeypatch):
-    """In this process, against the real server, with an encoder that fails once in the middle of a span."""
+    """In this process, against the real server, with an encoder that fails again and again, each time one chunk on."""
     import teacher_cache.pipeline.precompute.encode
     from teacher_cache.storage.errors import CacheCorruptError
 
-    real, encoded = teacher_cache.pipeline.precompute.encode.encode_shared, []
-    failures = [ConnectionResetError("the share is away"), None, CacheCorruptError("a bad chunk")]
+    real, failures, tried = teacher_cache.pipeline.precompute.encode.encode_shared, [], []
 
-    def encode(config, teacher, refs, progress):
-        failure = failures.pop(0)
-        encoded.append(real(config, teacher, refs if failure is None else refs[:1], progress))
-        if failure is not None:
-            raise failure
-        return encoded[-1]
+    def encode(config, teacher, refs, progress, writer):
+        tried.append(len(refs))
+        if not failures:
+            return real(config, teacher, refs, progress, writer=writer)
+        left = [ref for ref in refs if ref not in writer.written]
+        real(config, teacher, left[:1], progress, writer=writer)
+        raise failures.pop(0)
 
     monkeypatch.setattr(teacher_cache.pipeline.precompute.encode, "encode_shared", encode)
-    monkeypatch.setattr(flow_module.encode_span, "retry_delay_seconds", [0.0])
-    parameters = precompute_settings(pictures, tiny_teacher, tmp_path / "c.cache", chunk_rows=8, chunks_per_span=4)
+    monkeypatch.setattr("teacher_cache.flows.retries.RETRY_DELAYS", [0.0] * RETRIES)
+    parameters = precompute_settings(pictures, tiny_teacher, tmp_path / "c.cache", report=False, chunk_rows=8)
+    failures[:] = [CacheCorruptError("a bad chunk")]
     with pytest.raises(CacheCorruptError, match="a bad chunk"):
         flow_module.precompute_teacher(**parameters)
-    # 4 chunks of images, the try after the failure skips the one that was committed; captions are tried once
-    assert encoded == [1, 3, 1]
+    assert tried == [15]
+    failures[:] = [ConnectionResetError("the share is away")] * (2 * RETRIES)
+    # one call for all that is pending, more failures than a task has retries, and every chunk of this run is counted
+    assert flow_module.precompute_teacher(**parameters)["chunks_encoded"] == 14
+    assert tried == [15] + [14] * (2 * RETRIES + 1)
 
 
 def test_a_port_that_is_taken_is_named(tmp_path):
@@ -171,11 +174,11 @@ def test_a_second_serve_of_one_home_is_refused_and_the_first_goes_on(served):
     assert served.ask("health") is True
 
 
-def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_teacher):
+def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, half_served, tiny_teacher):
     """Ctrl-C in a run leaves no process, and no slot that the next run waits for. Then the worker dies."""
     serve = Serve(tmp_path)
-    cache = tmp_path / "slow.cache"
-    parameters = precompute_settings(pictures, tiny_teacher, cache, report=False, chunk_rows=1, chunks_per_span=1)
+    cache, (dataset, gate) = tmp_path / "slow.cache", half_served
+    parameters = precompute_settings("", tiny_teacher, cache, report=False, chunk_rows=1) | {"dataset": dataset}
     try:
         with socket.socket() as taken:  # as by another process that runs tests: then it starts on another port
             taken.bind(("127.0.0.1", serve.port))
@@ -187,13 +190,14 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
         serve.until_committed(cache)
         assert serve.stop(signal.SIGINT) == 0
         done = committed(cache)
-        assert 3 <= done < IMAGES + CAPTIONS
+        assert 3 <= done <= 8
 
+        gate.set()
         serve.start()
         assert serve.ask(f"flow_runs/{first}")["state"]["type"] == "CRASHED"
         code, output, _ = serve.run("precompute-teacher/default", **parameters)
         assert code == 0, output
-        assert serve.table("precompute-teacher")["chunks encoded by this run"] == IMAGES + CAPTIONS - done
+        assert serve.table("precompute-teacher")["chunks encoded by this run"] == 2 * IMAGES - done
         assert verify_cache(str(cache)).ok
 
         worker = next(pid for pid in serve.descendants() if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
@@ -207,9 +211,9 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(tmp_path, pictures, tiny_
             serve.stop()
 
 
-def test_cancelling_ends_the_process_and_leaves_a_cache_that_another_run_finishes(served, pictures, tiny_teacher):
-    cache = served.folder / "cancelled.cache"
-    parameters = precompute_settings(pictures, tiny_teacher, cache, report=False, chunk_rows=1, chunks_per_span=1)
+def test_cancelling_ends_the_process_and_leaves_a_cache_that_another_run_finishes(served, half_served, tiny_teacher):
+    cache, (dataset, gate) = served.folder / "cancelled.cache", half_served
+    parameters = precompute_settings("", tiny_teacher, cache, report=False, chunk_rows=1) | {"dataset": dataset}
     before = served.descendants()
     code, output, flow_run = served.run("precompute-teacher/default", watch=False, **parameters)
     assert code == 0, output
@@ -227,15 +231,16 @@ def test_cancelling_ends_the_process_and_leaves_a_cache_that_another_run_finishe
         time.sleep(0.1)
 
     done = committed(cache)
-    assert 3 <= done < IMAGES + CAPTIONS
+    assert 3 <= done <= 8
     progress = served.artifact(flow_run, "precompute-teacher-progress")
     assert 0 < progress["data"] < 100
-    assert re.fullmatch(r"`.*cancelled\.cache`: (images|captions): [01] of 1", progress["description"])
+    assert re.fullmatch(r"`.*cancelled\.cache`: images: [1-8] of 28", progress["description"])
     report = verify_cache(str(cache))
     assert report.chunks_sound == done
     assert {finding.kind for finding in report.findings} == {"incomplete"}
 
+    gate.set()
     code, output, _ = served.run("precompute-teacher/default", **parameters)
     assert code == 0, output + served.worker_log()
-    assert served.table("precompute-teacher")["chunks encoded by this run"] == IMAGES + CAPTIONS - done
+    assert served.table("precompute-teacher")["chunks encoded by this run"] == 2 * IMAGES - done
     assert verify_cache(str(cache)).ok

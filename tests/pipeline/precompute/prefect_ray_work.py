@@ -26,8 +26,8 @@ def main() -> None:
         from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 
         with prefect_test_harness(server_startup_timeout=300):
-            found = precompute_on_ray(PrecomputeConfig(**spec["config"]), chunks_per_span=1)
-            again = precompute_on_ray(PrecomputeConfig(**spec["config"]), chunks_per_span=1)
+            found = precompute_on_ray(PrecomputeConfig(**spec["config"]), workers=2)
+            again = precompute_on_ray(PrecomputeConfig(**spec["config"]), workers=2)
         out.write(json.dumps({"found": found, "again": again}))
         out.flush()
     finally:

@@ -31,6 +31,7 @@ from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.train.loop import StepProgress, train
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.observe import logs
 from teacher_cache.storage.observe.logs import RUN, event, events_are_counted, logger
 from teacher_cache.storage.observe.telemetry import (
@@ -281,6 +282,33 @@ def test_progress_is_of_the_run_not_of_each_span_and_a_span_tried_again_counts_o
         assert counted("progress_rows", tower="image") == counted("wanted_rows", tower="image") == IMAGES
         plan_precompute(config, teacher)
         assert (counted("progress_rows", tower="image"), counted("wanted_rows", tower="image")) == (0, 0)
+
+
+@pytest.mark.usefixtures("any_port")
+def test_a_try_after_a_failure_counts_at_once_what_the_first_one_committed(
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call encodes all chunks of a run, so that its progress must not begin at nothing again."""
+    config = PrecomputeConfig(**settings(make_photos(IMAGES), tiny_teacher, tmp_path / "c"))
+    teacher = load_teacher(config.teacher, device="cpu")
+    write, told = EmbeddingWriter.write, list[tuple[str, int, int]]()
+
+    def fail_at_the_third(self: EmbeddingWriter, ref: ChunkRef, *args: Any) -> None:
+        if ref.chunk == 2:
+            fail()
+        write(self, ref, *args)
+
+    with observed():
+        images = [ref for ref in plan_precompute(config, teacher) if ref.tower == "image"]
+        with monkeypatch.context() as broken:
+            broken.setattr(EmbeddingWriter, "write", fail_at_the_third)
+            with pytest.raises(OSError, match="the disk is full"):
+                encode_shared(config, teacher, images)
+        assert counted("progress_rows", tower="image") == 0
+        assert encode_shared(config, teacher, images, lambda *call: told.append(call)) == len(images) - 2
+        assert told[:2] == [("images", CHUNK, IMAGES), ("images", 2 * CHUNK, IMAGES)]
+        assert told[-1] == ("images", IMAGES, IMAGES)
+        assert counted("progress_rows", tower="image") == counted("wanted_rows", tower="image") == IMAGES
 
 
 @pytest.mark.usefixtures("any_port")

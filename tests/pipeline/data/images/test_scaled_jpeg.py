@@ -388,8 +388,7 @@ def test_the_example_on_ray_encodes_with_the_decoder_that_is_asked_for(made: Mad
     from examples.encode_on_ray import encode, plan
 
     config = made.config(str(tmp_path / "c"))
-    for span in plan.fn(config, 4):
-        encode.fn(config, span)
+    encode.fn(config, plan.fn(config), 0)
     seal_and_summarize(config.cache, 0, 0.0)
     assert cache_digest(tmp_path / "c") == cache_digest(Path(made.cache))
 
