@@ -23,12 +23,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
+from benchmarks.bench.material import photographs
 from teacher_cache.pipeline.data.datasets.samples import load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_shared
-from teacher_cache.pipeline.precompute.plan import plan_precompute
+from teacher_cache.pipeline.precompute.plan import PlanSettings, plan_precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.files.location import open_files
@@ -214,6 +216,33 @@ def measure_files(out: Path) -> None:
         load_samples(spec)
 
 
+def measure_second_plan(out: Path) -> None:
+    """Planning by a process that meets an unfinished cache: by turns with all files digested, and as it is."""
+    photos = out / "photographs"
+    if not photos.exists():
+        photographs(Path(__file__).resolve().parents[2] / "shared" / "flickr8k", photos, 2000)
+    teacher = make_model_folder(out / "teacher") if not (out / "teacher").exists() else out / "teacher"
+    cache = out / f"planned-{time.time_ns()}"
+    config = PrecomputeConfig(
+        dataset=f"flickr:{photos}", teacher=f"local-dir:{teacher}", cache=str(cache), device="cpu"
+    )
+    live = load_teacher(config.teacher, device="cpu")
+    plan_precompute(config, live)
+    spent: dict[str, list[float]] = {"all files digested": [], "as it is": []}
+    for _ in range(7):
+        for name, seconds_of in spent.items():
+            with pytest.MonkeyPatch.context() as patch:
+                if name == "all files digested":
+                    patch.setattr(PlanSettings, "goes_on", False)
+                began = time.perf_counter()
+                plan_precompute(config, live)
+                seconds_of.append(time.perf_counter() - began)
+    for name, seconds_of in spent.items():
+        print(f"{name}: {[round(one, 3) for one in sorted(seconds_of)]} s")
+    ratios = sorted(new / old for old, new in zip(*spent.values(), strict=True))
+    print(f"ratio: {ratios[3]:.3f} ({ratios[0]:.3f} - {ratios[-1]:.3f})")
+
+
 # ---------------------------------------------------------------- tables by rows
 
 
@@ -282,6 +311,7 @@ def measure_store(out: Path) -> None:
 MEASURED: dict[str, Callable[[Path], None]] = {
     "chunks": measure_chunks,
     "files": measure_files,
+    "plan": measure_second_plan,
     "requests": measure_requests,
     "store": measure_store,
     "tables": measure_growth,

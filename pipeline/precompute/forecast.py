@@ -101,7 +101,9 @@ class Forecast(BaseModel, frozen=True):
     probe_lost: int = Field(description="Images of the probe that could not be read.")
     image: ProbeRate
     text: ProbeRate
-    check_seconds: float = Field(description="Seconds to read every file once for its digest, before the teacher.")
+    check_seconds: float = Field(
+        description="Seconds to read every file once for its digest, before the teacher; 0 if that was done."
+    )
     encode_seconds: float = Field(description="Seconds to encode the remaining rows, by one process.")
     online_epoch_seconds: float = Field(
         description="Seconds of the teacher per epoch of training without a cache: every image, one caption each."
@@ -158,7 +160,8 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     read = _read_probe(spec, listed, probe or _PROBE_BATCHES * layout.batch_rows, progress)
     image, text = _time_towers(config, teacher, read, listed, layout)
     tables = _table_bytes(read, layout)
-    check = read.seconds_per_image * len(listed.samples) if check is None else check
+    if check is None:
+        check = 0.0 if settings.goes_on else read.seconds_per_image * len(listed.samples)
     encode = to_encode["image"] * image.seconds_per_row + to_encode["text"] * text.seconds_per_row
     online = len(listed.samples) * (image.teacher_seconds_per_row + text.teacher_seconds_per_row)
     return Forecast(

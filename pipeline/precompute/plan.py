@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from teacher_cache.pipeline.data.datasets.records import SampleSet
-from teacher_cache.pipeline.data.datasets.samples import load_samples
+from teacher_cache.pipeline.data.datasets.samples import Place, load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.models.teacher import LiveTeacher
 from teacher_cache.pipeline.precompute.lost_samples import hint_at_gaps, require_few_problems
@@ -31,6 +31,7 @@ from teacher_cache.storage.format.tables import (
     SAMPLES,
     captions_sha256,
     chunk_rows_sha256,
+    read_table,
     samples_sha256,
 )
 from teacher_cache.storage.observe.logs import command_line, event, logger, say
@@ -82,6 +83,14 @@ class PlanSettings:
         if self.config.dtype is not None:
             return TargetsIdentity(dtype=self.config.dtype)
         return TargetsIdentity() if self.have is None else self.have.identity.targets
+
+    @property
+    def goes_on(self) -> bool:
+        """True for an unfinished cache, whose images are compared with their digests when they are encoded.
+
+        A sealed cache encodes nothing, and imported rows are not decoded: there only digests show a changed image.
+        """
+        return self.have is not None and not self.have.sealed and not self.have.imported_sha256
 
     @property
     def views(self) -> ViewsIdentity:
@@ -145,7 +154,7 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class PlannedDataset:
-    """Dataset whose files are read and digested, with the tables and identity of its cache."""
+    """Dataset whose files are digested, now or by its cache's planner, with the tables and identity of its cache."""
 
     settings: PlanSettings
     spec: DatasetSpec
@@ -250,6 +259,9 @@ def _refuse_imported(cache: str, manifest: CacheManifest) -> None:
 def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progress | None = None) -> PlannedDataset:
     """Read and digest a dataset's files, and return the tables and identity of its cache. Writes nothing.
 
+    Images that an unfinished cache lists at the same place are not read: each is compared with its digest when it is
+    encoded.
+
     Raises:
         UsageError: as ``teacher_cache.pipeline.data.datasets.samples.load_samples``.
         CacheError: more images cannot be used than the settings allow.
@@ -260,12 +272,23 @@ def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progres
             progress("check files", done, total)
 
     spec = DatasetSpec.parse(settings.config.dataset)
-    dataset, digests = load_samples(spec, checked)
+    dataset, digests = load_samples(spec, checked, _known_digests(settings))
     if settings.have is None:
         require_few_problems(settings.config, spec, dataset)
         hint_at_gaps(spec, dataset)
     tables = dataset_tables(dataset, digests)
     return PlannedDataset(settings, spec, dataset, tables, settings.identity(teacher, dataset_identity(spec, tables)))
+
+
+def _known_digests(settings: PlanSettings) -> dict[Place, str]:
+    """Return the recorded sha256 of the images that need not be read."""
+    have = settings.have
+    if have is None or not settings.goes_on:
+        return {}
+    columns = ("sample_id", "uri", "offset", "length", "content_sha256")
+    table = read_table(open_files(settings.config.cache), have, SAMPLES, columns)
+    *places, digests = (table[name].to_pylist() for name in columns)
+    return dict(zip(zip(*places, strict=True), digests, strict=True))
 
 
 def plan_dataset(

@@ -23,8 +23,9 @@ from teacher_cache.pipeline.data.tokens import ClipTokenizer
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks, encode_shared
 from teacher_cache.pipeline.precompute.plan import plan_precompute
+from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.manifest import StaticFile
@@ -98,6 +99,59 @@ def test_each_row_is_read_decoded_and_encoded_once(
     }
     assert set(opened.values()) == {1}
     assert len(opened) == IMAGES
+
+
+def test_the_planner_alone_reads_every_image(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process reads the images that it encodes, and one that the planner could not read."""
+    settings, teacher, refs = planned
+    read, opened = ImageSource.read, list[str]()
+
+    def reading(self: ImageSource, uri: str, *where: Any) -> bytes:
+        opened.append(uri)
+        return read(self, uri, *where)
+
+    photos = Path(settings.dataset.removeprefix("flickr:"))
+    lost = photos / "images/0007.jpg"
+    data = lost.read_bytes()
+    lost.unlink()
+    settings = settings.model_copy(update={"cache": f"{settings.cache}-of-20"})
+    monkeypatch.setattr(ImageSource, "read", reading)
+    refs = plan_precompute(settings, teacher)
+    assert len(opened) == len(set(opened)) == IMAGES  # one full pass
+
+    opened.clear()
+    encode_chunks(settings, teacher, [ref for ref in refs if (ref.tower, ref.chunk) == ("image", 0)])
+    assert len(opened) == CHUNK
+    opened.clear()
+    assert precompute(settings).chunks_encoded == len(refs) - settings.views
+    assert opened[0] == "images/0007.jpg"
+    assert len(opened) == len(set(opened)) == 1 + (IMAGES - 1) - CHUNK
+
+    # a finished cache is compared with every byte, and a picture that is back is a changed dataset
+    opened.clear()
+    assert precompute(settings).chunks_encoded == 0
+    assert len(opened) == IMAGES
+    lost.write_bytes(data)
+    with pytest.raises(CacheMismatchError, match="1 image and 2 captions more"):
+        plan_precompute(settings, teacher)
+
+
+@pytest.mark.parametrize("number", [1, 20], ids=["a committed one", "a pending one"])
+def test_a_picture_that_changed_in_place_is_found_where_it_is_encoded_and_once_all_is(
+    planned: Planned, number: int
+) -> None:
+    """An unfinished cache is not compared with the images of its rows."""
+    settings, teacher, refs = planned
+    encode_chunks(settings, teacher, [ref for ref in refs if (ref.tower, ref.chunk) == ("image", 0)])
+    picture = Path(settings.dataset.removeprefix("flickr:")) / f"images/{number:04d}.jpg"
+    picture.write_bytes(picture.with_name("0002.jpg").read_bytes())
+    if number >= CHUNK:
+        with pytest.raises(CacheMismatchError, match=r"0020\.jpg: not the image that the cache was made of"):
+            precompute(settings)
+        return
+    precompute(settings)
+    with pytest.raises(CacheMismatchError, match=r"1 image with other bytes, the first: 0001\.jpg"):
+        precompute(settings)
 
 
 def test_the_thread_that_runs_the_teacher_syncs_no_file(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:

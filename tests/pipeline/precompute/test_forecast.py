@@ -70,6 +70,7 @@ def test_room_is_wanted_for_what_is_not_there_yet(config: Config, monkeypatch: p
     encode_chunks(settings, load_teacher(settings.teacher, device="cpu"), refs[:2])
     half = forecast(settings, probe=30)
     assert half.committed_rows == 16
+    assert half.check_seconds == 0 < fresh.check_seconds  # the planner has read every file
     left = 14 * half.image.seconds_per_row + 60 * half.text.seconds_per_row
     assert half.encode_seconds == pytest.approx(left)
     objects = [path for path in Path(settings.cache, "targets.zarr").rglob("c/**/*") if path.is_file()]
