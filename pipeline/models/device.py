@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from teacher_cache.pipeline.settings.names import no_such_device
 from teacher_cache.storage.errors import UsageError
 
+# torch refuses deterministic matrix products without it
+_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
@@ -77,6 +80,28 @@ def full_float32() -> Iterator[None]:
     finally:
         for kernel, precision in zip(kernels, before, strict=True):
             kernel.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Use only kernels that repeat their bits within the block. cuBLAS heeds it if it was not used before.
+
+    Raises:
+        RuntimeError: within the block, an operation has no such kernel; torch names it.
+    """
+    cudnn, workspace = torch.backends.cudnn, os.environ.get(_CUBLAS_WORKSPACE)
+    before = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark
+    os.environ[_CUBLAS_WORKSPACE] = ":4096:8"
+    try:
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]
+        os.environ.pop(_CUBLAS_WORKSPACE)
+        if workspace is not None:
+            os.environ[_CUBLAS_WORKSPACE] = workspace
 
 
 @contextlib.contextmanager

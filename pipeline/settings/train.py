@@ -72,9 +72,7 @@ class TrainConfig(StageConfig):
     )
     split: LearnedSplit = "train"
     image_root: ImageRoot = None
-    pixels: str | None = Field(
-        None, description="Folder of student pixels to read images from. Default: decode them again in each epoch."
-    )
+    pixels: str | None = Field(None, description="Folder of student pixels. Default: decode the images in each epoch.")
     expect: str | None = Field(
         None,
         description="Cache, run, or file of info --json whose teacher, preprocessing, tokenizer, views, targets and "
@@ -155,6 +153,11 @@ class TrainConfig(StageConfig):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Precision of the forward pass; losses are float32.")
     compile: bool = Field(
         False, description="Compile both towers: takes minutes at the start, then steps are faster on a GPU."
+    )
+    deterministic: bool = Field(
+        False,
+        description="Use only kernels that repeat their bits on a GPU, which are slower; a layer without one ends the "
+        "run. On a CPU a run repeats anyway.",
     )
     workers: LoaderWorkers = None
     checkpoint_seconds: float = Field(

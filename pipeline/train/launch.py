@@ -20,7 +20,7 @@ from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from teacher_cache.pipeline.models.device import keep_freed_memory, resolve_device
+from teacher_cache.pipeline.models.device import deterministic_kernels, keep_freed_memory, resolve_device
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import CacheError, UsageError
 from teacher_cache.storage.observe.telemetry import observed
@@ -83,8 +83,9 @@ def _work_on_rank(
     fabric: Fabric, config: TrainConfig, report: Progress | None, work: Callable[..., None], args: Any
 ) -> None:
     keep_freed_memory(fabric.device)
+    kernels = deterministic_kernels() if config.deterministic else contextlib.nullcontext()
     try:
-        with observed(fabric.local_rank, rank=fabric.global_rank) if fabric.world_size > 1 else observed():
+        with kernels, observed(fabric.local_rank, rank=fabric.global_rank) if fabric.world_size > 1 else observed():
             work(fabric, config, report, *args)
     except RuntimeError as error:
         if "Timed out waiting" not in str(error):  # gloo's words
