@@ -28,6 +28,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "shuffle": ("cpu",),
     "decode": ("cpu",),
     "precompute": ("cpu", "cuda"),
+    "cpu_precisions": ("cpu",),
     "training": ("cpu", "cuda"),
     "input": ("cpu",),
     "storage": ("cpu",),

@@ -54,6 +54,12 @@ def device_uuid(index: int) -> str | None:
     return None if uuid is None else str(uuid)
 
 
+def multiplies_bfloat16() -> bool:
+    """Return whether this CPU has instructions for bfloat16: AVX512-BF16, AMX, or Arm's. True if torch cannot tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # since torch 2.11
+    return capabilities is None or any(capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def for_copy(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on the CPU that a GPU copies without a wait: contiguous and pinned. On a CPU: unchanged."""
     return tensor.contiguous().pin_memory() if device.type == "cuda" else tensor

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED, PILLOW, require_decoder
 from teacher_cache.pipeline.data.tokens import tokenizer_identity
-from teacher_cache.pipeline.models.device import for_copy, full_float32, mark, resolve_device
+from teacher_cache.pipeline.models.device import for_copy, full_float32, mark, multiplies_bfloat16, resolve_device
 from teacher_cache.pipeline.models.hub import hub_config, hub_within_reach
 from teacher_cache.pipeline.models.safe_loading import (
     foreign_model,
@@ -231,13 +231,7 @@ def load_teacher(
             tensors, a config that would run a model's own code, no such device or decoder, or a missing package.
     """
     where = resolve_device(device)
-    if precision == "fp32" and where.type == "cuda":
-        hint(
-            "warning: on a GPU precision fp32 is slower than pure_bf16, whose rows differ by rounding. The precision "
-            "is part of a cache's identity: choose it before the cache is planned"
-        )
-    if precision == "fp16" and where.type == "cpu":
-        hint("warning: precision fp16 is many times slower than fp32 on a CPU, and meant for a GPU")
+    _warn_of_slow(precision, where)
     require_decoder(decoder or PILLOW)  # before the weights are read
     what = f"teacher {printable(name)!r}"
     check_teacher(name, pretrained, open_clip.list_models, open_clip.list_pretrained_tags_by_model)
@@ -252,6 +246,21 @@ def load_teacher(
         preprocess = Preprocess.of_model(model)
     preprocess = preprocess.decoded_by(decoder)
     return LiveTeacher(recorded_name(name), pretrained, model, tokenizer, architecture, where, precision, preprocess)
+
+
+def _warn_of_slow(precision: Precision, device: torch.device) -> None:
+    if precision == "fp32" and device.type == "cuda":
+        hint(
+            "warning: on a GPU precision fp32 is slower than pure_bf16, whose rows differ by rounding. The precision "
+            "is part of a cache's identity: choose it before the cache is planned"
+        )
+    if precision == "fp16" and device.type == "cpu":
+        hint("warning: precision fp16 is many times slower than fp32 on a CPU, and meant for a GPU")
+    if precision in ("bf16", "pure_bf16") and device.type == "cpu" and not multiplies_bfloat16():
+        hint(
+            f"warning: precision {precision} is emulated and slower than fp32 on this CPU, which has neither "
+            "AVX512-BF16 nor AMX"
+        )
 
 
 def _load_open_clip(name: str, pretrained: str | None, what: str) -> tuple[torch.nn.Module, Any, dict[str, Any]]:

@@ -152,8 +152,8 @@ class ProofConfig(StageConfig):
     dataset: str | None = Field(None, description="Dataset as KIND:PATH, if it moved. Default: the recorded one.")
     image_root: ImageRoot = None
     seed: int = Field(0, ge=0, description="Seed of the sample.")
-    # float16 storage and another device lower the cosine by less than 1e-5, int8 and bf16 by about 1e-4 each, a wrong
-    # row or a mirrored crop by far more
+    # float16 storage and another device lower the cosine by less than 1e-5, int8 by about 1e-4, bf16 against fp32 by
+    # 1e-3 and in a few rows 3e-2 (benchmarks/cpu_precisions.md), a wrong row or a mirrored crop by far more
     threshold: float = Field(0.999, gt=0, le=1, description="Minimum cosine between a cached row and the live one.")
     device: Device = "auto"
     precision: Precision | None = Field(

@@ -65,6 +65,34 @@ def test_lower_precision_stays_close(tiny_teacher: Path, precision: str, capsys:
 
 
 @pytest.mark.parametrize(
+    ("capabilities", "warned"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, False),
+        ({"avx512_bf16": False, "amx_bf16": True}, False),
+        ({"neon": True, "bf16": True}, False),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
+    ],
+)
+def test_bf16_is_warned_of_on_a_cpu_that_emulates_it(
+    tiny_teacher: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    capabilities: dict[str, bool],
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    for precision in ("fp32", "bf16", "pure_bf16"):
+        load_teacher(f"local-dir:{tiny_teacher}", device="cpu", precision=precision)  # type: ignore[arg-type]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "emulated" in line]
+    assert lines == [
+        f"warning: precision {precision} is emulated and slower than fp32 on this CPU, which has neither AVX512-BF16 "
+        "nor AMX"
+        for precision in ("bf16", "pure_bf16")
+        if warned
+    ]
+
+
+@pytest.mark.parametrize(
     ("name", "pretrained", "message"),
     [
         ("ViT-B-32", None, "needs --pretrained, one of .*openai.*; without weights it would be random"),
