@@ -21,8 +21,8 @@ from PIL import Image
 from simplejpeg import decode_jpeg
 
 from benchmarks.bench.harness import Row, Settings, interleave, speed
+from teacher_cache.pipeline.data.images.decoders import open_image
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
-from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 
 _QUALITY = 90

@@ -22,8 +22,8 @@ from PIL import __version__ as pillow_version
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from teacher_cache.pipeline.data.images.decoders import JPEG_SCALED, PILLOW, require_decoder
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
-from teacher_cache.pipeline.data.images.scaled_jpeg import JPEG_SCALED, PILLOW, require_decoder
 from teacher_cache.pipeline.data.tokens import tokenizer_identity
 from teacher_cache.pipeline.models.device import for_copy, full_float32, mark, multiplies_bfloat16, resolve_device
 from teacher_cache.pipeline.models.hub import hub_config, hub_within_reach

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from teacher_cache.pipeline.data.images.preprocess import Preprocess, rows_of_pixels
-from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW, ScaledJpeg
+from teacher_cache.pipeline.data.images.decoders import PILLOW
+from teacher_cache.pipeline.data.images.model_input import ModelInput
+from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.data.images.scaled_jpeg import ScaledJpeg, rows_of_pixels
 from teacher_cache.storage.errors import UsageError
 
 _MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
@@ -149,6 +151,9 @@ class _Processed(Preprocess):
     """
 
     processor: Any = None
+
+    def without_torch(self) -> ModelInput:
+        return self  # the processor needs torch
 
     def shown(self, image: Image.Image | ScaledJpeg) -> NDArray[np.uint8]:
         if isinstance(image, ScaledJpeg):

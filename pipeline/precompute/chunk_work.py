@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, require_content
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decoded_size
-from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
+from teacher_cache.pipeline.data.images.decoders import open_image
 from teacher_cache.pipeline.data.images.views import crop_shown, draw_crop
 from teacher_cache.pipeline.data.tokens import order_by_length
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher

@@ -29,7 +29,7 @@ from teacher_cache.pipeline.data.datasets.files import data_folder
 from teacher_cache.pipeline.data.datasets.records import Sample, SampleSet
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, digest_threads, list_samples, why_none
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec, check_dataset
-from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
+from teacher_cache.pipeline.data.images.decoders import open_image
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.plan import (
     PlannedDataset,

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW
+from teacher_cache.pipeline.data.images.decoders import PILLOW
 from teacher_cache.storage.errors import CacheMismatchError
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import ChunkRef

@@ -26,7 +26,7 @@ from teacher_cache.pipeline.data.datasets.files import data_folder
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, require_content
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
-from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
+from teacher_cache.pipeline.data.images.decoders import open_image
 from teacher_cache.pipeline.data.images.views import Crop, crop_shown, draw_crop
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.data.datasets.samples import load_samples
 from teacher_cache.pipeline.data.datasets.spec import check_dataset
-from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW
+from teacher_cache.pipeline.data.images.decoders import PILLOW
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import other_settings
 from teacher_cache.pipeline.models.teacher import recorded_name

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
+from teacher_cache.pipeline.data.images.decoders import open_image
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
-from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
 from teacher_cache.pipeline.data.images.views import crop_shown, draw_crop
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.identity import CacheIdentity

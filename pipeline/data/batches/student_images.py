@@ -13,8 +13,8 @@ from teacher_cache.pipeline.data.batches.cached_samples import SampleRecord
 from teacher_cache.pipeline.data.batches.stored_images import StoredImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
+from teacher_cache.pipeline.data.images.decoders import open_image
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
-from teacher_cache.pipeline.data.images.scaled_jpeg import open_image
 from teacher_cache.pipeline.data.images.views import Crop, crop_shown
 from teacher_cache.storage.read.reader import EmbeddingReader
 

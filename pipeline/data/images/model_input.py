@@ -7,13 +7,16 @@ for bit. Teachers, students and deployed students use it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from teacher_cache.pipeline.data.images.decode import MAX_PIXELS, ignore_pillows_warnings, size_in_words
+
+if TYPE_CHECKING:
+    from teacher_cache.pipeline.data.images.scaled_jpeg import ScaledJpeg
 
 RESIZE_MODES = ("shortest", "longest", "squash")
 
@@ -72,12 +75,16 @@ class ModelInput:
         self.require_resizable(*image.size)
         ignore_pillows_warnings()
         height, width = self.resized(*image.size)
-        resized = image.resize((width, height), self._resampling())
+        resized = image.resize((width, height), self.resampling())
         if self.resize_mode == "squash":
             return resized.convert("RGB")
         return _centre_cropped(resized, self.size, self.fill_color if self.resize_mode == "longest" else 0).convert(
             "RGB"
         )
+
+    def shown(self, image: Image.Image | ScaledJpeg) -> NDArray[np.uint8]:
+        """Return :meth:`picture` as RGB uint8 (height, width, 3), for any decoder. Same errors."""
+        return np.array(self.picture(image)) if isinstance(image, Image.Image) else image.shown(self)
 
     def pixels(self, image: Image.Image) -> NDArray[np.float32]:
         """Apply the whole transform: float32 (3, height, width), normalised by mean and std. Raises as above."""
@@ -88,7 +95,8 @@ class ModelInput:
         normalised: NDArray[np.float32] = (scaled - mean) / std
         return normalised
 
-    def _resampling(self) -> Image.Resampling:
+    def resampling(self) -> Image.Resampling:
+        """Return the filter of the resize."""
         # open_clip has two filters, and uses bicubic for the shortest-edge resize to a size that is not square
         keeps_ratio = self.resize_mode == "shortest" and self.size[0] != self.size[1]
         bilinear = self.interpolation == "bilinear" and not keeps_ratio

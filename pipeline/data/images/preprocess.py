@@ -1,28 +1,27 @@
 """Preprocessing of images as tensors, with a probe that identifies it.
 
-Decoders are in :mod:`teacher_cache.pipeline.data.images.decode` and, faster, in
-:mod:`teacher_cache.pipeline.data.images.scaled_jpeg`; the evaluation transform itself, which needs no torch, in
-:mod:`teacher_cache.pipeline.data.images.model_input`.
+Decoders are in :mod:`teacher_cache.pipeline.data.images.decoders`; the evaluation transform itself, which needs no
+torch, in :mod:`teacher_cache.pipeline.data.images.model_input`.
 """
 
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from open_clip.transform import center_crop_or_pad
 from PIL import Image
 from torchvision.transforms import functional as transforms
 
+from teacher_cache.pipeline.data.images.decoders import PILLOW, require_decoder
 from teacher_cache.pipeline.data.images.model_input import ModelInput
-from teacher_cache.pipeline.data.images.scaled_jpeg import PILLOW, ScaledJpeg, require_decoder
 
 if TYPE_CHECKING:
+    from teacher_cache.pipeline.data.images.scaled_jpeg import ScaledJpeg
     from teacher_cache.storage.format.identity import PreprocessIdentity
 
 
@@ -31,7 +30,7 @@ class Preprocess(ModelInput):
     """Evaluation transform of one model for all decoders. A probe identifies it in a cache.
 
     Attributes:
-        decoder: image decoder, for :func:`teacher_cache.pipeline.data.images.scaled_jpeg.open_image`.
+        decoder: image decoder, for :func:`teacher_cache.pipeline.data.images.decoders.open_image`.
     """
 
     decoder: str = PILLOW
@@ -54,6 +53,10 @@ class Preprocess(ModelInput):
         require_decoder(decoder or PILLOW)
         return replace(self, decoder=decoder or PILLOW)
 
+    def without_torch(self) -> ModelInput:
+        """Return the part that makes pixels, for processes that import no torch."""
+        return ModelInput(**{field.name: getattr(self, field.name) for field in fields(ModelInput)})
+
     def transform(self, image: Image.Image | ScaledJpeg) -> torch.Tensor:
         """Apply open_clip's evaluation transform: float32 (3, height, width), :meth:`shown` and normalised.
 
@@ -61,20 +64,6 @@ class Preprocess(ModelInput):
             ValueError: too long a strip, by the rules of :mod:`teacher_cache.pipeline.data.images.decode`.
         """
         return self.normalized(self.shown(image))
-
-    def shown(self, image: Image.Image | ScaledJpeg) -> NDArray[np.uint8]:
-        """Return :meth:`transform` without normalising: RGB uint8 (height, width, 3). Same errors."""
-        return rows_of_pixels(self.scaled(image)) if isinstance(image, ScaledJpeg) else np.array(self.picture(image))
-
-    def scaled(self, image: ScaledJpeg) -> torch.Tensor:
-        """Decode and resize a JPEG for :meth:`shown`: RGB uint8 (3, height, width)."""
-        self.require_resizable(*image.size)
-        height, width = self.resized(*image.size)
-        seen = image.resized((width, height), self._resampling())
-        if (height, width) != self.size:
-            fill = self.fill_color if self.resize_mode == "longest" else 0
-            seen = center_crop_or_pad(seen, list(self.size), fill=fill)
-        return seen
 
     def normalized(self, shown: Image.Image | NDArray[np.uint8]) -> torch.Tensor:
         """Normalise pixels, of the evaluation crop or any other region: the second part of :meth:`transform`.
@@ -153,9 +142,3 @@ def handed_on(teacher: PreprocessIdentity) -> dict[str, Any]:
     It excludes the size, which is the student's own, and the decoder, which each cache determines.
     """
     return teacher.model_dump(exclude={"probe", "image_size", "antialias", "decoder"})
-
-
-def rows_of_pixels(planes: torch.Tensor) -> NDArray[np.uint8]:
-    """Return RGB uint8 (3, height, width) as (height, width, 3), a view of the same bytes."""
-    pixels: NDArray[np.uint8] = planes.permute(1, 2, 0).numpy()
-    return pixels

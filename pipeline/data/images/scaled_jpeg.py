@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from open_clip.transform import center_crop_or_pad
 from PIL import Image
 from torch import Tensor
 
-from teacher_cache.pipeline.data.images.decode import decode_image, identified_image, load_image
-from teacher_cache.storage.errors import MissingPackageError, UsageError
+from teacher_cache.pipeline.data.images.decode import decode_image
+from teacher_cache.pipeline.data.images.model_input import ModelInput
+from teacher_cache.storage.errors import MissingPackageError
 
-PILLOW, JPEG_SCALED = "pillow", "jpeg-scaled"
-DECODERS = (PILLOW, JPEG_SCALED)
 MARGIN = 3.3  # below 3, a trained teacher's cosines change by more than 0.001
 _EIGHTHS = (1, 2, 4, 8)
 _RESIZE = {
@@ -47,41 +47,21 @@ class Box(NamedTuple):
     bottom: float
 
 
-def require_decoder(name: str) -> None:
-    """Check that a decoder can be used here.
+def require_simplejpeg() -> None:
+    """Check that the package that decodes is installed.
 
     Raises:
-        UsageError: it is unknown, or needs a package that is not installed.
+        UsageError: it is not.
     """
-    if name not in DECODERS:
-        raise UsageError(f"decoder {name!r} is not known; there are {', '.join(DECODERS)}")
-    if name == JPEG_SCALED:
-        _decode_jpeg()
+    _decode_jpeg()
 
 
 def _decode_jpeg() -> Any:
     try:
         from simplejpeg import decode_jpeg
     except ModuleNotFoundError as error:
-        raise MissingPackageError("simplejpeg", f"decoder {JPEG_SCALED!r}") from error
+        raise MissingPackageError("simplejpeg", "decoder 'jpeg-scaled'") from error
     return decode_jpeg
-
-
-def open_image(data: bytes, decoder: str = PILLOW) -> Image.Image | ScaledJpeg:
-    """Open the image in these bytes: decoded by Pillow, or a JPEG that is decoded when it is resized.
-
-    Raises:
-        UndecodableImageError: by the rules of :mod:`teacher_cache.pipeline.data.images.decode`. Damage in a JPEG's
-            data raises only when its pixels are decoded.
-        UsageError: as :func:`require_decoder`.
-    """
-    if decoder == PILLOW:
-        return decode_image(data)
-    require_decoder(decoder)
-    image = identified_image(data)
-    if image.format == "JPEG" and image.mode == "RGB":
-        return ScaledJpeg(data, image.size)
-    return load_image(image)
 
 
 class ScaledJpeg:
@@ -95,6 +75,23 @@ class ScaledJpeg:
         self.size = size
         self._data = data
         self._decoded: dict[int, NDArray[np.uint8]] = {}
+
+    def shown(self, model: ModelInput) -> NDArray[np.uint8]:
+        """Return the evaluation crop of a model: RGB uint8 (height, width, 3) of its size."""
+        model.require_resizable(*self.size)
+        height, width = model.resized(*self.size)
+        seen = self.resized((width, height), model.resampling())
+        if (height, width) != model.size:
+            fill = model.fill_color if model.resize_mode == "longest" else 0
+            seen = center_crop_or_pad(seen, list(model.size), fill=fill)
+        return rows_of_pixels(seen)
+
+    def cropped(
+        self, box: tuple[int, int, int, int], size: tuple[int, int], resample: Image.Resampling, mirror: bool
+    ) -> NDArray[np.uint8]:
+        """Return a region, mirrored or not, as RGB uint8 (height, width, 3). ``size`` is (width, height)."""
+        planes = self.resized(size, resample, box)
+        return rows_of_pixels(planes.flip(-1) if mirror else planes)
 
     def resized(
         self, size: tuple[int, int], resample: Image.Resampling, box: tuple[int, int, int, int] | None = None
@@ -165,3 +162,9 @@ def _resized(pixels: NDArray[np.uint8], box: Box, size: tuple[int, int], resampl
 
 def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def rows_of_pixels(planes: Tensor) -> NDArray[np.uint8]:
+    """Return RGB uint8 (3, height, width) as (height, width, 3), a view of the same bytes."""
+    pixels: NDArray[np.uint8] = planes.permute(1, 2, 0).numpy()
+    return pixels

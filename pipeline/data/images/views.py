@@ -1,6 +1,6 @@
 """Views: the crops of an image that the teacher saw, drawn once, stored, and replayed for students.
 
-View 0 is the model's own evaluation crop (:class:`teacher_cache.pipeline.data.images.preprocess.Preprocess`). Later
+View 0 is the model's own evaluation crop (:class:`teacher_cache.pipeline.data.images.model_input.ModelInput`). Later
 views are random resized crops, possibly mirrored, in whole pixels of the source image. The drawn box is stored beside
 the embedding (``image/view``) for students. It is drawn again only when a lost chunk is encoded again.
 
@@ -14,14 +14,17 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from teacher_cache.pipeline.data.images.preprocess import Preprocess, rows_of_pixels
-from teacher_cache.pipeline.data.images.scaled_jpeg import ScaledJpeg
+from teacher_cache.pipeline.data.images.model_input import ModelInput
 from teacher_cache.storage.format.identity import ViewsIdentity
+
+if TYPE_CHECKING:
+    from teacher_cache.pipeline.data.images.scaled_jpeg import ScaledJpeg
 
 _TRIES = 10
 _EXACT_BITS = 24  # boxes are stored as float32, which has 24 bits for whole numbers
@@ -85,16 +88,16 @@ def draw_crop(policy: ViewsIdentity, content_sha256: str, view: int, width: int,
     return Crop(y, x, box_height, box_width, flip)
 
 
-def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preprocess) -> NDArray[np.uint8]:
+def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, model: ModelInput) -> NDArray[np.uint8]:
     """Crop, resize to the model's input, mirror and convert to RGB, in the order of open_clip's training transform.
 
-    ``preprocess.normalized`` of the result is the model input, for teacher and students.
+    Normalised, the result is the model's input, for teacher and students.
 
     Args:
         image: decoded image in any mode. EXIF orientation is not applied.
 
     Returns:
-        RGB uint8 (height, width, 3) of ``preprocess.size``.
+        RGB uint8 (height, width, 3) of ``model.size``.
 
     Raises:
         ValueError: the crop is not within this image.
@@ -102,13 +105,12 @@ def crop_shown(image: Image.Image | ScaledJpeg, crop: Crop, preprocess: Preproce
     if not crop.fits(*image.size):
         width, height = image.size
         raise ValueError(f"stored crop {crop.as_row()} reaches beyond the {width} x {height} pixels there are")
-    height, width = preprocess.size
+    height, width = model.size
     # "random" means bicubic outside training, as in open_clip
-    resample = Image.Resampling.BILINEAR if preprocess.interpolation == "bilinear" else Image.Resampling.BICUBIC
+    resample = Image.Resampling.BILINEAR if model.interpolation == "bilinear" else Image.Resampling.BICUBIC
     box = crop.left, crop.top, crop.left + crop.width, crop.top + crop.height
-    if isinstance(image, ScaledJpeg):
-        planes = image.resized((width, height), resample, box)
-        return rows_of_pixels(planes.flip(-1) if crop.flip else planes)
+    if not isinstance(image, Image.Image):
+        return image.cropped(box, (width, height), resample, crop.flip)
     # not resize(box=): at its edges the filter would see pixels beside the crop
     seen = image.crop(box).resize((width, height), resample)
     return np.array((ImageOps.mirror(seen) if crop.flip else seen).convert("RGB"))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from open_clip.transform import center_crop_or_pad
 from PIL import Image
 
 from teacher_cache.pipeline.cli.app import app
@@ -23,8 +24,9 @@ from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images import scaled_jpeg
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
+from teacher_cache.pipeline.data.images.decoders import open_image
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
-from teacher_cache.pipeline.data.images.scaled_jpeg import ScaledJpeg, open_image
+from teacher_cache.pipeline.data.images.scaled_jpeg import ScaledJpeg
 from teacher_cache.pipeline.data.images.views import Crop, crop_shown
 from teacher_cache.pipeline.deploy.run import _teacher
 from teacher_cache.pipeline.evaluate.split import open_split
@@ -154,7 +156,8 @@ def test_what_is_shown_are_the_decoders_bytes_and_no_copy(monkeypatch: pytest.Mo
     each = Preprocess((32, 32), PILLOW.mean, PILLOW.std, resize_mode=mode, decoder="jpeg-scaled")
     image = open_image(data, each.decoder)
     assert isinstance(image, ScaledJpeg)
-    planes = each.scaled(image)
+    height, width = each.resized(*image.size)
+    planes = center_crop_or_pad(image.resized((width, height), Image.Resampling.BICUBIC), [32, 32])
     monkeypatch.setattr(Image, "fromarray", None)
     crop = Crop(0, 0, 300, 400, True)
     for seen, wanted in (
