@@ -115,10 +115,10 @@ def passes_of(out: Path) -> Path:
 
 def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, passes: Path) -> None:
     from teacher_cache.pipeline.models.teacher import LiveTeacher
-    from teacher_cache.pipeline.precompute import chunk_work
+    from teacher_cache.pipeline.precompute import teacher_inputs
     from teacher_cache.storage.files.remote import RemoteFiles
 
-    sync, decode, put, create = os.fsync, chunk_work.open_image, RemoteFiles.write, RemoteFiles.create
+    sync, decode, put, create = os.fsync, teacher_inputs.open_image, RemoteFiles.write, RemoteFiles.create
     root = Path(cache).resolve()
 
     def fsync(descriptor: int) -> None:
@@ -158,7 +158,7 @@ def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, pas
         happens("after create", key)
         return made
 
-    os.fsync, chunk_work.open_image = fsync, open_image
+    os.fsync, teacher_inputs.open_image = fsync, open_image
     LiveTeacher.encode_images = watched("image", LiveTeacher.encode_images)  # type: ignore[method-assign]
     LiveTeacher.encode_texts = watched("text", LiveTeacher.encode_texts)  # type: ignore[method-assign]
     RemoteFiles.write, RemoteFiles.create = write, create_object  # type: ignore[method-assign]

@@ -104,7 +104,7 @@ def _against_forward(settings: Settings, name: str, pretrained: str | None, prec
     shown = Image.new("RGB", (teacher.preprocess.size[1], teacher.preprocess.size[0]), "grey")
 
     def without_decoding() -> None:
-        with patch("teacher_cache.pipeline.precompute.chunk_work.open_image", lambda data, decoder: shown):
+        with patch("teacher_cache.pipeline.precompute.teacher_inputs.open_image", lambda data, decoder: shown):
             encode_chunks(config, teacher, of_images)
 
     seconds = interleave(

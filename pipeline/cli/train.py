@@ -10,7 +10,7 @@ import click
 
 from teacher_cache.pipeline.cli.options import Settings, log_format_option, metrics_option, settings_command
 from teacher_cache.pipeline.cli.stopping import resumable
-from teacher_cache.pipeline.data.batches.fork_server import start_fork_server
+from teacher_cache.pipeline.data.service.fork_server import start_fork_server
 from teacher_cache.pipeline.settings.recipes import RECIPE_SETTINGS
 from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import TrainConfig

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_FEW_CORES = 4
 _MOST_THREADS = 16  # threads that decode share Python's lock: more take turns away from the one that feeds the teacher
 
 
@@ -19,6 +21,23 @@ def usable_cores() -> int:
 def decode_threads() -> int:
     """Return the default number of threads that decode images in one process."""
     return min(usable_cores(), _MOST_THREADS)
+
+
+def decode_processes(cuda: bool) -> int:
+    """Return the default number of processes that decode for one teacher; 0: threads of its own process.
+
+    A GPU takes more images than threads that share Python's lock prepare. All its share of the cores but one decode,
+    if they are more than four. A build of Python without the lock needs no processes.
+
+    Args:
+        cuda: the teacher is on a GPU. A teacher on the CPU is slower than any decoder, and needs the cores.
+    """
+    if not cuda or not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return 0
+    import torch
+
+    share = usable_cores() // max(1, torch.cuda.device_count())
+    return share - 1 if share > _FEW_CORES else 0
 
 
 def loader_workers(cuda: bool, processes: int = 1) -> int:

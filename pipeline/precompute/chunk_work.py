@@ -10,45 +10,30 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from teacher_cache.pipeline.data.datasets.samples import ImageSource, require_content
-from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decoded_size
-from teacher_cache.pipeline.data.images.decoders import open_image
-from teacher_cache.pipeline.data.images.views import crop_shown, draw_crop
+from teacher_cache.pipeline.data.service.service import DecodeService
+from teacher_cache.pipeline.data.service.slots import Slots
 from teacher_cache.pipeline.data.tokens import order_by_length
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
 from teacher_cache.pipeline.precompute.reuse import KnownRows
+from teacher_cache.pipeline.precompute.teacher_inputs import ImageItem, Made, Place, Prepared, TeacherInputs, TextItem
 from teacher_cache.storage.format.arrays import array_dtype
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
 from teacher_cache.storage.format.journal import ChunkCost
-from teacher_cache.storage.format.layout import ARRAYS, SCALE, Layout, chunk_shape
+from teacher_cache.storage.format.layout import ARRAYS, SCALE, Layout, Tower, chunk_shape
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.observe.logs import event, logger
-from teacher_cache.storage.observe.telemetry import submit_input
+from teacher_cache.storage.observe.telemetry import count_input
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
 _LOG = logger("precompute")
-_NO_CROP = (np.nan,) * 5
-
-
-class Prepared(NamedTuple):
-    """One view of an image, ready for the teacher.
-
-    Attributes:
-        crop: crop in the form of ``image/view``.
-        lost: reason and detail of a view that cannot be encoded.
-    """
-
-    sample_id: str
-    crop: tuple[float, ...]
-    lost: tuple[str, str] | None = None
 
 
 class ChunkWork:
@@ -56,10 +41,14 @@ class ChunkWork:
 
     Args:
         known: source of rows that need no teacher.
+        samples: the cache's images, to name a quarantined one.
         sharing: number of chunks that are encoded together and share the seconds.
     """
 
-    def __init__(self, ref: ChunkRef, layout: Layout, known: KnownRows | None, sharing: int = 1) -> None:
+    def __init__(
+        self, ref: ChunkRef, layout: Layout, known: KnownRows | None, samples: TableRows, sharing: int = 1
+    ) -> None:
+        self._samples = samples
         self.ref, self.rows = ref, ref.rows(layout)
         self.arrays: dict[str, NDArray[Any]] = {
             name: np.full(
@@ -133,7 +122,8 @@ class ChunkWork:
 
     def _quarantine(self, row: int, item: Prepared) -> None:
         reason, detail = item.lost or ("not-finite", "the teacher's features are NaN, infinite or zero")
-        self._quarantined.append(QuarantinedRow(row=row, sample_id=item.sample_id, reason=reason, detail=detail))
+        sample_id = self._samples.read(range(row, row + 1))["sample_id"][0].as_py()
+        self._quarantined.append(QuarantinedRow(row=row, sample_id=sample_id, reason=reason, detail=detail))
         for values in self.arrays.values():
             values[row - self.rows.start] = np.nan
 
@@ -181,156 +171,66 @@ class Batch:
         order: position of its last row in the stretch. Batches are encoded in this order.
 
     Attributes:
-        submit: starts the jobs that prepare its inputs.
+        slot: slot of its pixels or tokens, taken when the first of them is requested.
     """
 
-    submit: Callable[[ThreadPoolExecutor, Batch], list[Future[Any]]]
+    submit: Callable[[Batch], list[tuple[Future[list[Made]], int]]]
 
     def __init__(self, chunk: ChunkWork, rows: NDArray[np.int64], known: bool, order: int) -> None:
         self.chunk, self.rows, self.known, self.order = chunk, rows, known, order
-        self.pixels: torch.Tensor | None = None
+        self.slot: int | None = None
         self.requested_at = 0.0
-        self._futures: list[Future[Any]] = []
+        self._jobs: list[tuple[Future[list[Made]], int]] = []
 
     @property
     def needs_images(self) -> bool:
         """True if its images must be opened, to decode them or to read the sizes of known rows."""
         return self.chunk.ref.tower == "image" and not (self.known and self.chunk.crops_known)
 
-    def request(self, pool: ThreadPoolExecutor) -> Batch:
-        """Start the preparation of the inputs in the threads, and return the batch."""
+    def request(self) -> Batch:
+        """Start the preparation of the inputs, and return the batch."""
         self.requested_at = time.perf_counter()
-        self._futures = self.submit(pool, self)
+        self._jobs = self.submit(self)
         return self
 
-    def tokens(self) -> Any:
-        """Wait for the token ids, (rows, context_length) int64."""
-        return self._futures[0].result()
-
     def prepared(self) -> list[Prepared]:
-        """Wait for the images and return them."""
-        return [future.result()[self.chunk.ref.view] for future in self._futures]
+        """Wait for the inputs, and return the views of its images; nothing for captions."""
+        made = [future.result()[place] for future, place in self._jobs]
+        return [each.views[self.chunk.ref.view] for each in made] if self.needs_images else []
 
 
 class _Images:
-    """Images of one stretch. One job per image writes the crops of all views to their places in the batches' buffers.
+    """Images of one stretch. One job per image writes the crops of all views to their places in the batches' slots.
 
     Args:
-        batches: all batches of the stretch. A buffer is allocated when its first image is requested.
+        batches: all batches of the stretch. A slot is taken when its first image is requested.
     """
 
-    def __init__(self, loader: _ImageLoader, batches: Sequence[Batch]) -> None:
-        self._loader = loader
+    def __init__(self, reader: StretchReader, batches: Sequence[Batch]) -> None:
+        self._reader = reader
         self._places: defaultdict[int, list[tuple[Batch, int]]] = defaultdict(list)
         for batch in batches:
             if batch.needs_images:
                 for index, row in enumerate(batch.rows.tolist()):
                     self._places[row].append((batch, index))
-        self._jobs: dict[int, Future[dict[int, Prepared]]] = {}
+        self._jobs: dict[int, tuple[Future[list[Made]], int]] = {}
 
-    def submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[Any]]:
+    def submit(self, batch: Batch) -> list[tuple[Future[list[Made]], int]]:
         """Start the jobs that prepare a batch."""
         if not batch.needs_images:
             return []
         fresh = batch.rows[[row not in self._jobs for row in batch.rows.tolist()]]
-        for row, sample in zip(fresh.tolist(), self._loader.samples(fresh) if len(fresh) else (), strict=True):
-            self._jobs[row] = submit_input(pool, "image", self._loader.job(sample, self._places.pop(row)))
+        samples = _take(self._reader.samples, fresh).to_pylist() if len(fresh) else []
+        items = [ImageItem(sample, self._taken(row)) for row, sample in zip(fresh.tolist(), samples, strict=True)]
+        self._jobs.update(zip(fresh.tolist(), self._reader.submit("image", items), strict=True))
         return [self._jobs[row] for row in batch.rows.tolist()]
 
-
-class _ImageLoader:
-    """Loader of images, from bytes to the crops that the teacher sees. Thread-safe.
-
-    Args:
-        fetchers: threads that prefetch remote images.
-    """
-
-    def __init__(
-        self, teacher: LiveTeacher, writer: EmbeddingWriter, source: ImageSource, fetchers: ThreadPoolExecutor | None
-    ) -> None:
-        self._preprocess = teacher.preprocess
-        self._pinned = teacher.device.type == "cuda"
-        self._views, self._table = writer.manifest.identity.views, writer.samples
-        # the images' present location: the folder may have moved since the cache was planned
-        self._source = source
-        self._fetchers = fetchers
-
-    def samples(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Return the samples of some rows, and start to prefetch remote images."""
-        samples: list[dict[str, Any]] = _take(self._table, rows).to_pylist()
-        if self._fetchers is not None:
-            for sample in samples:
-                sample["content"] = self._fetchers.submit(self._fetch, sample)
-        return samples
-
-    def job(self, sample: dict[str, Any], places: list[tuple[Batch, int]]) -> Callable[[], dict[int, Prepared]]:
-        """Return the job that prepares an image for these places. Its result is keyed by view."""
-        by_view: dict[int, NDArray[np.uint8] | None] = {
-            batch.chunk.ref.view: None if batch.known else self._buffer(batch)[index] for batch, index in places
-        }
-        return lambda: self._prepare(sample, by_view)
-
-    def _buffer(self, batch: Batch) -> NDArray[np.uint8]:
-        if batch.pixels is None:
-            shape = (len(batch.rows), *self._preprocess.size, 3)
-            batch.pixels = torch.empty(*shape, dtype=torch.uint8, pin_memory=self._pinned)
-        pixels: NDArray[np.uint8] = batch.pixels.numpy()
-        return pixels
-
-    def _prepare(self, sample: dict[str, Any], by_view: dict[int, NDArray[np.uint8] | None]) -> dict[int, Prepared]:
-        """Decode an image once and write each view to its place; a lost view stays black.
-
-        Args:
-            by_view: place of each view. None: only its crop is needed.
-
-        Raises:
-            OSError: the bytes cannot be read now. A retry may succeed, so the row is not quarantined.
-            CacheMismatchError: the image changed since the cache was planned.
-        """
-        data = self._fetch(sample) if self._fetchers is None else sample["content"].result()
-        try:
-            if all(place is None for place in by_view.values()):
-                size, image = decoded_size(data), None
-            else:
-                image = open_image(data, self._preprocess.decoder)
-                size = image.size
-        except Exception as error:
-            _raise_if_memory(error)
-            return {view: self._lost(sample, place, error) for view, place in by_view.items()}
-        return {view: self._view(sample, view, image, size, place) for view, place in by_view.items()}
-
-    def _view(
-        self, sample: dict[str, Any], view: int, image: Any, size: tuple[int, int], place: NDArray[np.uint8] | None
-    ) -> Prepared:
-        try:
-            if view > 0 or place is None:
-                self._preprocess.require_evaluable(*size)
-            if view == 0:
-                row = self._preprocess.evaluation_crop(*size)
-                if place is not None:
-                    place[:] = self._preprocess.shown(image)
-            else:
-                crop = draw_crop(self._views, sample["content_sha256"], view, *size)
-                row = crop.as_row()
-                if place is not None:
-                    place[:] = crop_shown(image, crop, self._preprocess)
-        except Exception as error:  # an odd image, such as 1 x 600 pixels, must not end the run
-            _raise_if_memory(error)
-            return self._lost(sample, place, error)
-        return Prepared(sample["sample_id"], row)
-
-    def _lost(self, sample: dict[str, Any], place: NDArray[np.uint8] | None, error: Exception) -> Prepared:
-        # a black image keeps the place, so the batch is the same for its neighbours
-        if place is not None:
-            place[:] = 0
-        if isinstance(error, UndecodableImageError):
-            return Prepared(sample["sample_id"], _NO_CROP, ("undecodable-image", str(error)))
-        return Prepared(sample["sample_id"], _NO_CROP, ("untransformable-image", f"{type(error).__name__}: {error}"))
-
-    def _fetch(self, sample: dict[str, Any]) -> bytes:
-        data = self._source.read(sample["uri"], sample["offset"], sample["length"])
-        require_content(data, sample["content_sha256"], self._source.resolve(sample["uri"]))
-        return data
+    def _taken(self, row: int) -> tuple[Place, ...]:
+        places = self._places.pop(row)
+        return tuple(
+            Place(batch.chunk.ref.view, None if batch.known else self._reader.slot(batch), index)
+            for batch, index in places
+        )
 
 
 class StretchReader:
@@ -338,40 +238,75 @@ class StretchReader:
 
     Args:
         known: rows that need no teacher.
-        fetchers: threads that prefetch remote images.
+        inputs: what ``service`` prepares in ``slots``.
+
+    Attributes:
+        samples: the cache's images.
     """
 
     def __init__(
         self,
-        teacher: LiveTeacher,
         writer: EmbeddingWriter,
-        source: ImageSource,
         known: KnownRows | None,
-        fetchers: ThreadPoolExecutor | None,
+        inputs: TeacherInputs,
+        slots: Slots,
+        service: DecodeService,
     ) -> None:
         self._known, self._layout, self._captions = known, writer.manifest.layout, writer.captions
-        self._tokenizer = teacher.tokenizer
-        self._loader = _ImageLoader(teacher, writer, source, fetchers)
+        self.samples = writer.samples
+        self._inputs, self._slots, self._service = inputs, slots, service
+
+    def slot(self, batch: Batch) -> int:
+        """Return a batch's slot."""
+        if batch.slot is None:
+            batch.slot = self._slots.take()
+        return batch.slot
+
+    def done(self, batch: Batch) -> None:
+        """Give back a batch's slot, which nobody reads any longer."""
+        if batch.slot is not None:
+            self._slots.give_back(batch.slot)
+
+    def submit(self, tower: Tower, items: Sequence[Any]) -> Iterator[tuple[Future[list[Made]], int]]:
+        """Hand items to the service, and yield the future of each and its place among the future's results."""
+        # threads cannot tokenize in parallel, so a batch of captions is one job for them
+        ticket = self._service.ticket if tower == "image" or self._service.ticket > 1 else len(items)
+        for start in range(0, len(items), ticket):
+            part = items[start : start + ticket]
+            if tower == "image" and self._service.ticket == 1:
+                part = [self._inputs.request(item) for item in part]
+            future = self._service.submit(part)
+            count_input(future, tower, lambda made: [each.seconds for each in made if each.seconds])
+            yield from ((future, place) for place in range(len(part)))
+
+    def pixels(self, batch: Batch) -> torch.Tensor:
+        """Return a prepared batch's images, (rows, height, width, 3) uint8. They are its slot."""
+        assert batch.slot is not None  # taken when they were requested
+        return torch.from_numpy(self._inputs.shown(self._slots, batch.slot, len(batch.rows)))
+
+    def tokens(self, batch: Batch) -> torch.Tensor:
+        """Return a prepared batch's tokens, (rows, context_length) int64. They are its slot."""
+        assert batch.slot is not None
+        return torch.from_numpy(self._inputs.tokens(self._slots, batch.slot, len(batch.rows)))
 
     def batches(self, stretch: Sequence[ChunkRef]) -> Iterator[Batch]:
         """Yield the batches of chunks of the same rows: known rows first, then in reading order."""
         order = self._order(stretch[0])
-        chunks = [ChunkWork(ref, self._layout, self._known, len(stretch)) for ref in stretch]
-        # hold no batch here: its buffer must be freed after its turn
+        chunks = [ChunkWork(ref, self._layout, self._known, self.samples, len(stretch)) for ref in stretch]
         waiting = deque(sorted(self._cut(chunks, order), key=lambda batch: (not batch.known, batch.order)))
         is_text = stretch[0].tower == "text"
-        submit = self._submit_captions if is_text else _Images(self._loader, list(waiting)).submit
+        submit = self._submit_captions if is_text else _Images(self, list(waiting)).submit
         while waiting:
             batch = waiting.popleft()
             batch.submit = submit
             yield batch
 
-    def _submit_captions(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[Any]]:
-        """Start the job that makes a batch's token ids: one, because threads cannot tokenize in parallel."""
+    def _submit_captions(self, batch: Batch) -> list[tuple[Future[list[Made]], int]]:
+        """Start the jobs that make a batch's token ids."""
         if batch.known:
             return []
-        texts = _take(self._captions, batch.rows)["text"].to_pylist()
-        return [submit_input(pool, "text", lambda: self._tokenizer(texts))]
+        texts, slot = _take(self._captions, batch.rows)["text"].to_pylist(), self.slot(batch)
+        return list(self.submit("text", [TextItem(text, slot, index) for index, text in enumerate(texts)]))
 
     def _cut(self, chunks: Iterable[ChunkWork], order: NDArray[np.int64]) -> Iterator[Batch]:
         size = self._layout.batch_rows
@@ -388,12 +323,6 @@ class StretchReader:
         if ref.tower == "image" or self._layout.text_order is None:
             return np.arange(len(rows))
         return order_by_length(self._captions.read(rows)["text"])
-
-
-def _raise_if_memory(error: Exception) -> None:
-    """Raise an error for want of memory again: the machine's fault, not the image's. torch's is a RuntimeError."""
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        raise error
 
 
 def _take(table: TableRows, rows: NDArray[np.int64]) -> pa.Table:

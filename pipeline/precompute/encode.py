@@ -19,17 +19,21 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from teacher_cache.pipeline.data.cores import decode_threads
+from teacher_cache.pipeline.data.cores import decode_processes, decode_threads
 from teacher_cache.pipeline.data.datasets.files import data_folder
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
-from teacher_cache.pipeline.models.device import keep_freed_memory, memory_told
+from teacher_cache.pipeline.data.service.service import DecodeProcesses, DecodeService, DecodeThreads
+from teacher_cache.pipeline.data.service.slots import Slots
+from teacher_cache.pipeline.models.device import keep_freed_memory, memory_told, pin_memory
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
-from teacher_cache.pipeline.precompute.chunk_work import Batch, Prepared, StretchReader
+from teacher_cache.pipeline.precompute.chunk_work import Batch, StretchReader
 from teacher_cache.pipeline.precompute.plan import Progress, rows_by_tower
 from teacher_cache.pipeline.precompute.reuse import KnownRows, known_rows
+from teacher_cache.pipeline.precompute.teacher_inputs import Prepared, TeacherInputs
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.location import begun_ahead, requests_at_once, results_ahead
+from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
 from teacher_cache.storage.format.commits import ChunkRef, stretches_of
 from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.observe.logs import event, hint, logger
@@ -215,7 +219,19 @@ class _Encoder:
             )
         self._teacher, self._writer, self._tally, self._known = teacher, writer, tally, known
         self._threads = config.decode_threads or decode_threads()
-        self._source = ImageSource(data_folder(DatasetSpec.parse(config.dataset).root))
+        cuda = teacher.device.type == "cuda"
+        self._processes = decode_processes(cuda) if config.decode_processes is None else config.decode_processes
+        self._pin = pin_memory if cuda else None
+        self._inputs = TeacherInputs(
+            teacher.preprocess.without_torch(),
+            teacher.preprocess.decoder,
+            writer.manifest.identity.views,
+            # the images' present location: the folder may have moved since the cache was planned
+            ImageSource(data_folder(DatasetSpec.parse(config.dataset).root)),
+            teacher.tokenizer,
+            int(teacher.tokenizer.context_length),
+            max(1, REQUESTS_AT_ONCE // max(1, self._processes)),
+        )
         self._remote = requests_at_once(writer.files) > 1
 
     def encode(self, stretches: Iterable[list[ChunkRef]]) -> None:
@@ -227,57 +243,56 @@ class _Encoder:
             f"{rows} rows are encoded at once, which is part of the cache's layout. Free the GPU, or start a new cache "
             f"with --batch-size {max(1, rows // 4)}"
         )
-        with memory_told(advice), self._pools() as (decoders, writers, claimer, fetchers):
-            reader = StretchReader(self._teacher, self._writer, self._source, self._known, fetchers)
+        with memory_told(advice), self._pools() as (reader, writers, claimer):
             # a claim syncs a file, or takes requests to a store: the next stretch is claimed ahead, in another thread
             coming = iter(stretches)
             claimed = takewhile(bool, results_ahead(claimer, lambda _: next(coming, []), repeat(None), 1))
             batches = (batch for stretch in claimed for batch in reader.batches(stretch))
-            for batch in begun_ahead(lambda batch: batch.request(decoders), batches, _BATCHES_AHEAD):
-                launched.append(self._launch(batch))
+            for batch in begun_ahead(Batch.request, batches, _BATCHES_AHEAD):
+                launched.append(self._launch(batch, reader))
                 while len(launched) > behind:
-                    self._finish(launched.popleft(), writers)
+                    self._finish(launched.popleft(), reader, writers)
             while launched:
-                self._finish(launched.popleft(), writers)
+                self._finish(launched.popleft(), reader, writers)
             writers.drain()
 
     @contextlib.contextmanager
-    def _pools(self) -> Iterator[tuple[ThreadPoolExecutor, _Writers, ThreadPoolExecutor, ThreadPoolExecutor | None]]:
-        first_uri = self._writer.samples.read(range(1))["uri"][0].as_py()
+    def _pools(self) -> Iterator[tuple[StretchReader, _Writers, ThreadPoolExecutor]]:
+        slots = Slots(self._writer.manifest.layout.batch_rows * self._inputs.row_bytes, self._pin)
         with (
-            ThreadPoolExecutor(self._threads) as decoders,
             # a store takes two chunks at a time, while the next one is claimed
             ThreadPoolExecutor(_WRITES_AHEAD if self._remote else 1) as writers,
             ThreadPoolExecutor(1) as claimer,
-            self._source.threads(first_uri) as fetchers,
+            contextlib.closing(slots),
+            contextlib.closing(self._inputs),
+            self._service(slots) as service,
         ):
             try:
-                yield decoders, _Writers(writers), claimer, fetchers
+                yield StretchReader(self._writer, self._known, self._inputs, slots, service), _Writers(writers), claimer
             except BaseException:
-                # cancel decoding; complete chunks are still written
-                decoders.shutdown(wait=False, cancel_futures=True)
-                if fetchers is not None:
-                    fetchers.shutdown(wait=False, cancel_futures=True)
+                service.close()  # no more decoding; complete chunks are still written
                 event(_LOG, logging.DEBUG, "chunks in flight", chunks=0)
                 raise
 
-    def _launch(self, batch: Batch) -> _Launched:
+    def _service(self, slots: Slots) -> DecodeService:
+        if self._processes:
+            return DecodeProcesses(self._inputs, slots, self._processes)
+        return DecodeThreads(self._inputs, slots, self._threads)
+
+    def _launch(self, batch: Batch, reader: StretchReader) -> _Launched:
         """Wait for a batch's inputs and launch the teacher, unless the rows are known."""
         chunk, encoded = batch.chunk, None
         chunk.start(batch.requested_at)
         waited = time.perf_counter()
-        is_text = chunk.ref.tower == "text"
-        prepared = [] if is_text else batch.prepared()
-        tokens = batch.tokens() if is_text and not batch.known else None
+        prepared = batch.prepared()
         began = time.perf_counter()
-        if tokens is not None:
-            encoded = self._teacher.encode_texts(tokens)
+        if not batch.known and chunk.ref.tower == "text":
+            encoded = self._teacher.encode_texts(reader.tokens(batch))
         elif not batch.known:
-            assert batch.pixels is not None
-            encoded = self._teacher.encode_shown(batch.pixels)
+            encoded = self._teacher.encode_shown(reader.pixels(batch))
         return _Launched(batch, prepared, encoded, began - waited, time.perf_counter() - began)
 
-    def _finish(self, launched: _Launched, writers: _Writers) -> None:
+    def _finish(self, launched: _Launched, reader: StretchReader, writers: _Writers) -> None:
         """Store a batch's embeddings, and submit its chunk for writing after the last batch."""
         batch, encoded = launched.batch, launched.encoded
         chunk, began = batch.chunk, time.perf_counter()
@@ -286,6 +301,7 @@ class _Encoder:
         except torch.AcceleratorError as error:  # told when the GPU is waited for, by then with later work
             error.add_note(f"while the GPU encoded chunk {chunk.ref.name} or the one after it")
             raise
+        reader.done(batch)
         # for a GPU its own working time, not the wall clock of Python
         on_device = encoded.device_seconds() if encoded is not None else None
         seconds = launched.seconds + time.perf_counter() - began if on_device is None else on_device

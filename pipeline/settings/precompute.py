@@ -54,6 +54,12 @@ class PrecomputeConfig(StageConfig):
     decode_threads: int | None = Field(
         None, gt=0, description="Number of threads that decode. Default: one per core, at most 16."
     )
+    decode_processes: int | None = Field(
+        None,
+        ge=0,
+        description="Number of processes that decode; 0: threads. Default: on a GPU with more than 4 cores all of them "
+        "but one, else 0.",
+    )
     decoder: Decoder = Field(
         "pillow",
         description="Image decoder: pillow, as in open_clip, or jpeg-scaled: faster, other pixels. Part of the "

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from teacher_cache.pipeline.data.batches.fork_server import start_fork_server
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
 from teacher_cache.pipeline.data.batches.loader import Batch, BatchLoader
 from teacher_cache.pipeline.data.batches.pairs import PairOrder, views_used
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.batches.targets import CachedTeacher, TeacherSource
 from teacher_cache.pipeline.data.cores import loader_workers
+from teacher_cache.pipeline.data.service.fork_server import start_fork_server
 from teacher_cache.pipeline.evaluate.recall import mean_recall, recall_of_ranks
 from teacher_cache.pipeline.evaluate.split import embed
 from teacher_cache.pipeline.evaluate.student_rows import StudentRows

@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -161,23 +160,23 @@ class _GpuCollector:
         yield used
 
 
-def submit_input(pool: Executor, tower: str, job: Callable[[], _Result]) -> Future[_Result]:
-    """Submit a job that decodes an image or tokenizes a batch of captions; its time and queue are counted."""
-    if not events_are_counted():
-        return pool.submit(job)
+def count_input(future: Future[_Result], tower: str, seconds: Callable[[_Result], Iterable[float]]) -> None:
+    """Count a job that decodes images or tokenizes captions: its time, and its place in the queue until it ends.
 
-    def timed() -> _Result:
-        started = time.perf_counter()
-        try:
-            return job()
-        finally:
-            event(_LOG, logging.DEBUG, "input prepared", tower=tower, seconds=time.perf_counter() - started)
+    Args:
+        seconds: from the job's result, what each of its inputs took.
+    """
+    if not events_are_counted():
+        return
+
+    def done(future: Future[_Result]) -> None:
+        event(_LOG, logging.DEBUG, "input done")
+        if not future.cancelled() and future.exception() is None:
+            for each in seconds(future.result()):
+                event(_LOG, logging.DEBUG, "input prepared", tower=tower, seconds=each)
 
     event(_LOG, logging.DEBUG, "input queued")
-    future = pool.submit(timed)
-    # also called if the job fails or is cancelled
-    future.add_done_callback(lambda _: event(_LOG, logging.DEBUG, "input done"))
-    return future
+    future.add_done_callback(done)  # also called if the job fails or is cancelled
 
 
 def require_metrics(port: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import reduction
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.storage.files.location import results_ahead
+from teacher_cache.storage.files.unnamed import unnamed_file
 from teacher_cache.storage.format.arrays import stored_form
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.int8 import unit_dequantized
@@ -75,7 +75,7 @@ class ResidentRows:
 
     def _move(self) -> None:
         """Move the rows to a memory file."""
-        descriptor = _unnamed_file()
+        descriptor = unnamed_file("teacher-cache rows")
         try:
             _write(descriptor, self.rows)
             rows = _mapped(descriptor, self.rows.shape, self.rows.dtype.str)
@@ -135,14 +135,6 @@ def load_resident(source: ChunkSource, tower: Tower, array: str) -> ResidentRows
             quarantined.append(source.quarantined_rows(ref) + first)
     name = f"{source.files.location}: {tower} {array}"
     return ResidentRows(rows, places, np.concatenate(quarantined), scales if columns else None, name)
-
-
-def _unnamed_file() -> int:
-    """Open a file without a name, in memory if the system has memfd_create."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("teacher-cache rows")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 def _write(descriptor: int, values: NDArray[Any]) -> None:

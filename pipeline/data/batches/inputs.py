@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
-from teacher_cache.pipeline.data.batches.fork_server import start_fork_server
 from teacher_cache.pipeline.data.batches.pairs import Pairs, stored_crops
 from teacher_cache.pipeline.data.batches.ready_pixels import PixelFiles, ReadyPixels
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.cores import loader_workers
+from teacher_cache.pipeline.data.service.fork_server import start_fork_server
 from teacher_cache.storage.errors import CacheError
 from teacher_cache.storage.files.location import results_ahead
 from teacher_cache.storage.read.reader import EmbeddingReader

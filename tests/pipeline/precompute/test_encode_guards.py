@@ -15,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-import teacher_cache.pipeline.precompute.chunk_work
 import teacher_cache.pipeline.precompute.encode
+import teacher_cache.pipeline.precompute.teacher_inputs
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.images.model_input import ModelInput
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.data.service.slots import Slots
 from teacher_cache.pipeline.data.tokens import ClipTokenizer
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks, encode_shared
@@ -59,7 +61,7 @@ def test_each_row_is_read_decoded_and_encoded_once(
     counts: Counter[str] = Counter()
     opened: Counter[str] = Counter()
     decode, read, tokenize = (
-        teacher_cache.pipeline.precompute.chunk_work.open_image,
+        teacher_cache.pipeline.precompute.teacher_inputs.open_image,
         ImageSource.read,
         ClipTokenizer.__call__,
     )
@@ -80,7 +82,7 @@ def test_each_row_is_read_decoded_and_encoded_once(
     def count(name: str) -> Callable[..., None]:
         return lambda module, inputs, output: counts.update({name: len(inputs[0]), f"{name} batches": 1})
 
-    monkeypatch.setattr(teacher_cache.pipeline.precompute.chunk_work, "open_image", decoding)
+    monkeypatch.setattr(teacher_cache.pipeline.precompute.teacher_inputs, "open_image", decoding)
     monkeypatch.setattr(ImageSource, "read", reading)
     monkeypatch.setattr(ClipTokenizer, "__call__", tokenizing)
     model: Any = teacher.model
@@ -208,25 +210,25 @@ def test_want_of_memory_quarantines_no_image(planned: Planned, monkeypatch: pyte
     """torch's own is a RuntimeError."""
     settings, teacher, refs = planned
 
-    def shown(self: Preprocess, image: Any) -> Any:
+    def shown(self: ModelInput, image: Any) -> Any:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(Preprocess, "shown", shown)
+    monkeypatch.setattr(ModelInput, "shown", shown)
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         encode_chunks(settings, teacher, refs)
 
 
 def test_the_teacher_gets_the_bytes_that_the_decoders_wrote(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One buffer a batch, of bytes: a quarter of the floats to move, and nothing is stacked behind the decoders."""
+    """One slot a batch, of bytes: a quarter of the floats to move, and nothing is stacked behind the decoders."""
     settings, teacher, refs = planned
-    made: list[int] = []
+    taken: list[int] = []
     seen: list[int] = []
-    empty, encode = torch.empty, LiveTeacher.encode_shown
+    take, encode = Slots.take, LiveTeacher.encode_shown
 
-    def buffers(*size: Any, **how: Any) -> torch.Tensor:
-        tensor = empty(*size, **how)
-        made.append(tensor.data_ptr())
-        return tensor
+    def taking(self: Slots) -> int:
+        slot = take(self)
+        taken.append(self.array(slot, (1,)).ctypes.data)
+        return slot
 
     def encode_shown(self: LiveTeacher, shown: torch.Tensor) -> Encoded:
         assert (shown.dtype, shown.shape[1:], shown.is_contiguous()) == (torch.uint8, (32, 32, 3), True)
@@ -235,20 +237,11 @@ def test_the_teacher_gets_the_bytes_that_the_decoders_wrote(planned: Planned, mo
 
     images = [ref for ref in refs if ref.tower == "image"]
     monkeypatch.setattr(LiveTeacher, "encode_shown", encode_shown)
-    # as teacher_cache.pipeline.precompute.chunk_work sees torch; a stack of images would be a copy
-    monkeypatch.setattr(teacher_cache.pipeline.precompute.chunk_work, "torch", _Torch(empty=buffers))
+    monkeypatch.setattr(Slots, "take", taking)
     encode_chunks(settings, teacher, images)
-    assert seen == made
+    assert seen == taken
     assert len(seen) == 12
-
-
-class _Torch:
-    """What of torch may be used to make a batch of images."""
-
-    Tensor, uint8 = torch.Tensor, torch.uint8
-
-    def __init__(self, empty: Callable[..., torch.Tensor]) -> None:
-        self.empty = empty
+    assert len(set(seen)) <= 7  # four requested ahead, one at the teacher, and those of the other view
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])

@@ -18,7 +18,7 @@ from PIL import ImageOps
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decode_image, decoded_size
-from teacher_cache.pipeline.precompute import chunk_work
+from teacher_cache.pipeline.precompute import teacher_inputs
 from teacher_cache.pipeline.precompute.forecast import forecast
 from teacher_cache.pipeline.precompute.foreign.import_folder import ImportResult, import_rows
 from teacher_cache.pipeline.precompute.repair import repair
@@ -99,13 +99,13 @@ def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
 @pytest.fixture
 def passes(taught: Counter[str], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Rows that the teacher is given, and images that are decoded for chunks."""
-    decode = chunk_work.open_image
+    decode = teacher_inputs.open_image
 
     def decoding(data: bytes, decoder: str) -> Any:
         taught["decoded"] += 1
         return decode(data, decoder)
 
-    monkeypatch.setattr(chunk_work, "open_image", decoding)
+    monkeypatch.setattr(teacher_inputs, "open_image", decoding)
     return taught
 
 
@@ -226,7 +226,7 @@ def test_another_teachers_rows_are_refused(home: Home, tmp_path: Path) -> None:
 
 def test_rows_of_mirrored_images_are_refused(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(chunk_work, "open_image", lambda data, decoder: ImageOps.mirror(decode_image(data)))
+        patched.setattr(teacher_inputs, "open_image", lambda data, decoder: ImageOps.mirror(decode_image(data)))
         home.precompute(tmp_path / "mirrored")
     folder = home.like_clip_retrieval(tmp_path / "f", image=home.rows("image", tmp_path / "mirrored"))
     with pytest.raises(CacheMismatchError, match=r"20 of 20 image rows and 0 of 20 caption rows"):

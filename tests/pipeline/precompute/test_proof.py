@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from teacher_cache.pipeline.data.images.decode import decode_image
-from teacher_cache.pipeline.precompute import chunk_work
+from teacher_cache.pipeline.precompute import teacher_inputs
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.precompute.sample_proof import ProofResult, fraction_shown
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, UsageError
@@ -107,7 +107,7 @@ def test_another_teachers_rows_under_this_identity_are_found(home: Home, tmp_pat
 
 def test_mirrored_crops_are_found(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(chunk_work, "open_image", lambda data, decoder: ImageOps.mirror(decode_image(data)))
+        patched.setattr(teacher_inputs, "open_image", lambda data, decoder: ImageOps.mirror(decode_image(data)))
         mirrored = rows_of(encode(home.photos, home.teacher, tmp_path / "mirrored"))["image", 0]
     proof = prove(home, forge(home.cache, tmp_path / "c", lambda rows: rows.update({("image", 0): mirrored})))
     assert {row.tower for row in proof.wrong} == {"image"}

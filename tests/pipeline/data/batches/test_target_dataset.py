@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
 from teacher_cache import Cache, CacheCorruptError, TargetDataset, UsageError
-from teacher_cache.pipeline.data.batches.fork_server import start_fork_server
+from teacher_cache.pipeline.data.service.fork_server import start_fork_server
 from teacher_cache.storage.read.chunks import ChunkSource
 from tests.conftest import known_row, make_known_cache
 from tests.pipeline.train.train_work import make_cache

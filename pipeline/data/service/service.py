@@ -1,0 +1,251 @@
+"""Decode service: tickets of items in, results out in any order, pixels and tokens in shared slots.
+
+Two forms have one interface. Threads are used where cores are few or the teacher runs on the CPU, which is the limit
+there. Processes are used to feed a GPU: Python's lock lets threads prepare some 5,000 images/s, whatever the cores.
+
+A ticket's results depend on its items alone, and its places are chosen before it is handed over. So the bytes that are
+prepared do not depend on the number of workers, on their order or on a worker that is replaced.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from teacher_cache.pipeline.data.service.slots import Slots
+from teacher_cache.pipeline.data.service.worker import Prepare, TicketError, Worker
+
+_TICKET = 32
+_SENT_AHEAD = 2  # tickets at one worker: it begins the second while the first one's results are on their way
+_MOST_DEATHS = 2
+
+
+class DecodeService(Protocol):
+    """Interface of both forms. As a context manager it is closed at the end.
+
+    Attributes:
+        ticket: number of images per ticket that suits this form.
+    """
+
+    ticket: int
+
+    def submit(self, items: Sequence[Any]) -> Future[list[Any]]:
+        """Prepare items in order of submission. The future has a result per item, or the error of one."""
+        ...
+
+    def close(self) -> None:
+        """Cancel what has not begun, and end all workers."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class _Closing:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class DecodeThreads(_Closing):
+    """Service by threads of this process."""
+
+    ticket = 1
+
+    def __init__(self, prepare: Prepare, slots: Slots, threads: int) -> None:
+        self._prepare, self._slots = prepare, slots
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def submit(self, items: Sequence[Any]) -> Future[list[Any]]:
+        """See :class:`DecodeService`."""
+        return self._pool.submit(self._prepare, items, self._slots)
+
+    def close(self) -> None:
+        """See :class:`DecodeService`."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class _Ticket:
+    """Items that were submitted together, and their results as they come."""
+
+    items: Sequence[Any]
+    future: Future[list[Any]] = field(default_factory=Future)
+    deaths_alone: int = 0
+
+    def alone(self) -> list[_Ticket]:
+        """Return a ticket for each item. The last one to end settles this one."""
+        parts = [_Ticket([item], deaths_alone=self.deaths_alone) for item in self.items]
+        left, lock = len(parts), threading.Lock()
+
+        def settle(part: Future[list[Any]]) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                last = left == 0
+            if part.cancelled():
+                self.future.cancel()
+            elif self.future.done():
+                return
+            elif error := part.exception():
+                self.future.set_exception(error)
+            elif last:
+                self.future.set_result([result for part in parts for result in part.future.result()])
+
+        for part in parts:
+            part.future.add_done_callback(settle)
+        return parts
+
+
+class DecodeProcesses(_Closing):
+    """Service by worker processes, each served by a thread of this process.
+
+    A worker that dies is replaced, and the items that it had are prepared again, each alone. An item that is alone at
+    two deaths ends with an OSError that names it. It is never taken for damaged, since the machine may be at fault.
+
+    Raises:
+        OSError: a worker cannot be started.
+    """
+
+    ticket = _TICKET
+
+    def __init__(self, prepare: Prepare, slots: Slots, processes: int) -> None:
+        self._prepare, self._slots = prepare, slots
+        self._changed = threading.Condition()
+        self._tickets: deque[_Ticket] = deque()
+        self._idle, self._closed = 0, False
+        self._failed: OSError | None = None
+        self._workers = [Worker(prepare, slots) for _ in range(processes)]
+        try:
+            for worker in self._workers:
+                worker.ready()
+        except OSError:
+            for worker in self._workers:
+                worker.kill()
+            raise
+        self._threads = [
+            threading.Thread(target=self._serve, args=(number,), name=f"decode {number}", daemon=True)
+            for number in range(processes)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pids(self) -> list[int | None]:
+        """Process ids of the workers."""
+        return [worker.pid for worker in self._workers]
+
+    def submit(self, items: Sequence[Any]) -> Future[list[Any]]:
+        """See :class:`DecodeService`."""
+        ticket = _Ticket(items)
+        with self._changed:
+            if self._closed:
+                raise ValueError("this service is closed, and its processes have ended: make another one")
+            if self._failed is not None:
+                raise self._failed
+            self._tickets.append(ticket)
+            self._changed.notify()
+        return ticket.future
+
+    def close(self) -> None:
+        """See :class:`DecodeService`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for worker in self._workers:
+            worker.kill()
+        for thread in self._threads:
+            thread.join()
+        for worker in self._workers:
+            worker.end()
+        for ticket in self._tickets:
+            ticket.future.cancel()
+
+    def _next(self, wait: bool) -> _Ticket | None:
+        """Return the oldest ticket. None: closed; without ``wait`` also if idle workers will take what there is."""
+        with self._changed:
+            self._idle += wait
+            while wait and not self._tickets and not self._closed:
+                self._changed.wait()
+            self._idle -= wait
+            enough = len(self._tickets) > (0 if wait else self._idle)
+            return self._tickets.popleft() if enough and not self._closed else None
+
+    def _serve(self, number: int) -> None:
+        """Hand tickets to one worker until the service is closed."""
+        sent: deque[_Ticket] = deque()
+        while True:
+            ticket = self._next(wait=not sent)
+            if ticket is not None:
+                sent.append(ticket)
+            if not sent:
+                return
+            try:
+                if ticket is not None:
+                    self._workers[number].send(ticket.items)
+                if ticket is None or len(sent) == _SENT_AHEAD:
+                    _settle(sent, self._workers[number])
+            except (EOFError, OSError):
+                if self._closed or not self._replace(number, sent):
+                    for ticket in sent:
+                        ticket.future.cancel()
+                    return
+
+    def _replace(self, number: int, sent: deque[_Ticket]) -> bool:
+        """Start a new worker in place of a dead one, and queue its tickets again. Return whether it could start."""
+        how, first = self._workers[number].end(), sent.popleft()
+        first.deaths_alone += len(first.items) == 1  # of several items, nobody knows which one did it
+        again = [*sent]
+        sent.clear()
+        if first.deaths_alone == _MOST_DEATHS:
+            first.future.set_exception(OSError(self._fatal(first, how)))
+        else:
+            again = [*first.alone(), *again]
+        with self._changed:
+            self._tickets.extendleft(reversed(again))
+            self._changed.notify_all()
+        try:
+            self._workers[number] = Worker(self._prepare, self._slots).ready()
+        except OSError as error:
+            self._fail(error)
+            return False
+        return True
+
+    def _fatal(self, ticket: _Ticket, how: str) -> str:
+        return (
+            f"{self._prepare.named(ticket.items[0])}: two processes ended while they had only this to prepare, the "
+            f"second one {how}. Is this machine short of memory? Else leave it out"
+        )
+
+    def _fail(self, error: OSError) -> None:
+        with self._changed:
+            waiting = [*self._tickets]
+            self._tickets.clear()
+            self._failed = error
+        for ticket in waiting:
+            ticket.future.set_exception(error)
+
+
+def _settle(sent: deque[_Ticket], worker: Worker) -> None:
+    """Wait for the oldest ticket's reply, and pass it on."""
+    try:
+        results = worker.receive()
+    except TicketError as raised:
+        sent.popleft().future.set_exception(raised.error)
+    else:
+        sent.popleft().future.set_result(results)

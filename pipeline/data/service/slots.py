@@ -1,0 +1,85 @@
+"""Slots of shared memory: one process writes pixels and tokens where another reads them, without a copy. No torch."""
+
+from __future__ import annotations
+
+import heapq
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from teacher_cache.storage.files.unnamed import unnamed_file
+
+Pin = Callable[[NDArray[np.uint8]], Callable[[], None]]
+
+
+class Slots:
+    """Slots of equal size in an unnamed file, which worker processes share. Thread-safe.
+
+    A slot takes memory from its first use on. The file is no part of ``/dev/shm``, whose size containers limit, and
+    is gone with the last process that has it open. A slot is written by many and given back once, by the process that
+    took it; its bytes stay as they are until then.
+
+    Args:
+        slot_bytes: size of a slot.
+        pin: makes a slot's memory readable by a GPU and returns what undoes it. It is called once per slot, in the
+            process that takes slots.
+    """
+
+    def __init__(self, slot_bytes: int, pin: Pin | None = None) -> None:
+        self._size = -(-max(1, slot_bytes) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        self._file = unnamed_file("teacher-cache inputs")
+        self._pin, self._pinned = pin, list[Callable[[], None]]()
+        self._free: list[int] = []
+        self._count = 0
+        self._maps: dict[int, mmap.mmap] = {}
+        self._lock = threading.Lock()
+
+    def take(self) -> int:
+        """Return the number of a slot that nobody uses. Its bytes are arbitrary."""
+        with self._lock:
+            if self._free:
+                return heapq.heappop(self._free)
+            self._count += 1
+            os.ftruncate(self._file, self._count * self._size)
+            slot = self._count - 1
+        if self._pin is not None:
+            self._pinned.append(self._pin(self.array(slot, (self._size,))))
+        return slot
+
+    def give_back(self, slot: int) -> None:
+        """Let a slot be taken again. Nobody may read or write it any longer."""
+        with self._lock:
+            heapq.heappush(self._free, slot)
+
+    def array(self, slot: int, shape: Sequence[int], dtype: DTypeLike = np.uint8, offset: int = 0) -> NDArray[Any]:
+        """Return the memory of a slot, from byte ``offset`` on, as an array."""
+        with self._lock:
+            if slot not in self._maps:
+                self._maps[slot] = mmap.mmap(self._file, self._size, offset=slot * self._size)
+        values = np.frombuffer(self._maps[slot], dtype, int(np.prod(shape)), offset)
+        return values.reshape(shape)
+
+    def close(self) -> None:
+        """Give the memory back, once no array of it is in use."""
+        for unpin in self._pinned:
+            unpin()
+        self._pinned.clear()
+        self._maps.clear()
+        os.close(self._file)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a file can be handed to a process that is being started, and to no other
+        return _attached, (DupFd(self._file), self._size)
+
+
+def _attached(file: Any, size: int) -> Slots:
+    slots = Slots.__new__(Slots)
+    slots._size, slots._file, slots._pin = size, file.detach(), None
+    slots._maps, slots._lock = {}, threading.Lock()
+    return slots

@@ -1,0 +1,170 @@
+"""Worker process of the decode service, as it sees itself and as its parent sees it. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+from teacher_cache.pipeline.data.service.fork_server import start_fork_server
+from teacher_cache.pipeline.data.service.slots import Slots
+
+_START = threading.Lock()
+
+
+class Prepare(Protocol):
+    """What a service does to its items. It is pickled once per worker; one worker calls it for one ticket at a time.
+
+    Attributes:
+        modules: modules that it needs and a worker's parent imports once for all of them.
+    """
+
+    modules: tuple[str, ...]
+
+    def __call__(self, items: Sequence[Any], slots: Slots) -> list[Any]:
+        """Write pixels or tokens of items into slots, and return a small result for each item."""
+        ...
+
+    def named(self, item: Any) -> str:
+        """Return an item's name for a message."""
+        ...
+
+
+class _Failed(NamedTuple):
+    """Reply to a ticket that raised."""
+
+    error: Exception
+
+
+class Worker:
+    """A worker process. Started when it is made; :meth:`ready` waits until it takes tickets."""
+
+    def __init__(self, prepare: Prepare, slots: Slots) -> None:
+        context = start_fork_server(*prepare.modules)
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, prepare, slots), name="decode", daemon=True)
+        with _START, _hidden_main():
+            self._process.start()
+        other.close()
+
+    def ready(self) -> Worker:
+        """Wait until the process takes tickets, and return the worker.
+
+        Raises:
+            OSError: it ended before.
+        """
+        try:
+            self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise OSError(f"a decoding process ended at its start, {self.end()}; its own message is above") from error
+        return self
+
+    @property
+    def pid(self) -> int | None:
+        """Process id."""
+        pid: int | None = self._process.pid
+        return pid
+
+    def send(self, items: Sequence[Any]) -> None:
+        """Hand over a ticket. The worker takes them in order.
+
+        Raises:
+            OSError: the worker has ended.
+        """
+        self._connection.send(items)
+
+    def receive(self) -> list[Any]:
+        """Wait for the results of the oldest ticket that was handed over.
+
+        Raises:
+            EOFError, OSError: the worker has ended.
+            TicketError: the ticket raised.
+        """
+        reply = self._connection.recv()
+        if isinstance(reply, _Failed):
+            raise TicketError(reply.error)
+        results: list[Any] = reply
+        return results
+
+    def kill(self) -> None:
+        """End the process. A thread that waits for its results gets an EOFError."""
+        self._process.kill()
+
+    def end(self) -> str:
+        """Return how the process ended, and close the connection. Nobody may wait for its results.
+
+        It is killed if it has not ended within a second: its end is seen here before it is over.
+        """
+        self._process.join(1)
+        self.kill()
+        self._process.join()
+        self._connection.close()
+        code = self._process.exitcode or 0
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"exit code {code}"
+
+
+class TicketError(Exception):
+    """A ticket raised ``error``."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _serve(parent: Connection, prepare: Prepare, slots: Slots) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):  # the parent has gone
+        parent.send("ready")
+        while True:
+            items = parent.recv()
+            try:
+                reply: Any = prepare(items, slots)
+            except Exception as error:
+                reply = _Failed(portable(error))
+            parent.send(reply)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that it works for is killed. The fork server would live on with it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keep new processes from running the user's script again. They need nothing from it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def portable(error: Exception, where: str = "") -> Exception:
+    """Return an error in a form that another process can rebuild, without its cause; at worst as an OSError.
+
+    Args:
+        where: is added to the message.
+    """
+    with contextlib.suppress(Exception):
+        rebuilt = deepcopy(error)  # as the other process rebuilds it
+        if type(rebuilt) is type(error) and str(rebuilt) == str(error):
+            if where and rebuilt.args == (str(error),):
+                rebuilt.args = (f"{error} {where}",)
+            return rebuilt
+    return OSError(f"{type(error).__name__}: {error} {where}".rstrip())

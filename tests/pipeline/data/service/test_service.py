@@ -1,0 +1,173 @@
+"""The decode service: what is prepared does not depend on who prepares it, or on who dies meanwhile."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from teacher_cache.pipeline.data.service.service import DecodeProcesses, DecodeService, DecodeThreads
+from teacher_cache.pipeline.data.service.slots import Slots
+from tests.container_files import PROJECT
+from tests.pipeline.data.service.service_work import ROW, CannotStart, Item, Write
+
+ROWS = 64
+
+
+@pytest.fixture
+def slots() -> Iterator[Slots]:
+    with closing(Slots(ROWS * ROW)) as made:
+        yield made
+
+
+def prepare_all(service: DecodeService, slots: Slots, tickets: int, does: str = "") -> None:
+    """Prepare tickets of a slot each, and check every byte and result."""
+    jobs = []
+    for ticket in range(tickets):
+        slot = slots.take()
+        numbers = range(ticket * ROWS, (ticket + 1) * ROWS)
+        jobs.append(
+            (slot, numbers, service.submit([Item(number, slot, at, does) for at, number in enumerate(numbers)]))
+        )
+    for slot, numbers, job in jobs:
+        assert job.result(60) == [number**2 for number in numbers]
+        rows = slots.array(slot, (ROWS, ROW))
+        np.testing.assert_array_equal(rows, np.repeat(np.array(numbers)[:, None] % 251, ROW, axis=1))
+        slots.give_back(slot)
+
+
+@pytest.mark.parametrize("processes", [0, 1, 3])
+def test_every_item_is_prepared_in_its_place(tmp_path: Path, slots: Slots, processes: int) -> None:
+    write = Write(tmp_path / "log")
+    service: DecodeService = DecodeProcesses(write, slots, processes) if processes else DecodeThreads(write, slots, 2)
+    with service:
+        prepare_all(service, slots, tickets=20)
+        prepare_all(service, slots, tickets=20)  # in slots that were given back
+        assert slots.take() == 0
+
+
+def test_a_worker_imports_no_torch(tmp_path: Path, slots: Slots) -> None:
+    with DecodeProcesses(Write(tmp_path / "log"), slots, 1) as service:
+        assert service.submit([Item(0, 0, 0, "modules")]).result(60) == [[]]
+
+
+def test_a_ticket_takes_two_messages(tmp_path: Path, slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One there and one back: a sixteenth of a message an image at most."""
+    with DecodeProcesses(Write(tmp_path / "log"), slots, 2) as service:
+        messages: Counter[str] = Counter()
+
+        def counted(name: str) -> None:
+            move = getattr(Connection, name)
+
+            def moving(self: Connection, *what: Any) -> Any:
+                messages[name] += 1
+                return move(self, *what)
+
+            monkeypatch.setattr(Connection, name, moving)
+
+        counted("send")
+        counted("recv")
+        prepare_all(service, slots, tickets=4)
+        assert messages == {"send": 4, "recv": 4}
+        assert messages.total() <= 4 * ROWS / 16
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_workers_are_replaced_and_nothing_is_lost(tmp_path: Path, slots: Slots, seed: int) -> None:
+    """SIGKILL at random moments."""
+    pick = random.Random(seed)
+    with DecodeProcesses(Write(tmp_path / "log"), slots, 2) as service:
+        first, over = set(service.pids), threading.Event()
+
+        def kill() -> None:
+            for _ in range(3):
+                if over.wait(0.05 + pick.random() * 0.2):
+                    return
+                os.kill(pick.choice([pid for pid in service.pids if pid]), signal.SIGKILL)
+
+        with ExitStack() as ended:
+            killer = threading.Thread(target=kill)
+            ended.callback(killer.join)
+            ended.callback(over.set)
+            killer.start()
+            prepare_all(service, slots, tickets=16, does="sleep")
+        assert set(service.pids) != first
+
+
+def test_an_image_that_kills_twice_ends_by_name_and_its_neighbours_do_not(tmp_path: Path, slots: Slots) -> None:
+    log = tmp_path / "log"
+    with DecodeProcesses(Write(log), slots, 2) as service:
+        items = [Item(number, 0, number, "poison" if number == 5 else "") for number in range(ROWS)]
+        slots.take()
+        with pytest.raises(OSError, match=r"^number 5: two processes ended .* killed by SIGSEGV"):
+            service.submit(items).result(60)
+        prepare_all(service, slots, tickets=4)
+    assert log.read_text() == "5\n" * 3  # once among others, twice alone
+
+
+def test_an_image_that_kills_once_is_prepared_by_the_next_worker(tmp_path: Path, slots: Slots) -> None:
+    with DecodeProcesses(Write(tmp_path / "log"), slots, 1) as service:
+        slots.take()
+        items = [Item(number, 0, number, "poison once" * (number == 5)) for number in range(ROWS)]
+        assert service.submit(items).result(60) == [number**2 for number in range(ROWS)]
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_an_error_keeps_its_class_and_ends_its_ticket_alone(tmp_path: Path, slots: Slots, processes: int) -> None:
+    write = Write(tmp_path / "log")
+    service: DecodeService = DecodeProcesses(write, slots, processes) if processes else DecodeThreads(write, slots, 2)
+    with service:
+        failed = service.submit([Item(7, 0, 0, "raise")])
+        with pytest.raises(FileNotFoundError, match=r"no such picture: '7'"):
+            failed.result(60)
+        prepare_all(service, slots, tickets=2)
+
+
+def test_a_worker_that_cannot_start_is_told_at_once(tmp_path: Path, slots: Slots) -> None:
+    with pytest.raises(OSError, match="a decoding process ended at its start, exit code 1"):
+        DecodeProcesses(CannotStart(tmp_path / "log"), slots, 2)
+
+
+def test_closing_ends_workers_and_waiting_tickets(tmp_path: Path, slots: Slots) -> None:
+    service = DecodeProcesses(Write(tmp_path / "log"), slots, 2)
+    pids = [pid for pid in service.pids if pid]
+    jobs = [service.submit([Item(number, 0, 0, "sleep") for number in range(500)]) for _ in range(10)]
+    service.close()
+    assert all(job.done() for job in jobs)
+    assert not [pid for pid in pids if is_alive(pid)]
+    with pytest.raises(ValueError, match="is closed"):
+        service.submit([])
+
+
+def test_workers_and_memory_go_with_a_killed_parent() -> None:
+    command = [sys.executable, "-c", "from tests.pipeline.data.service.service_work import main; main()"]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len([pid for pid in pids if is_alive(pid)]) == 2
+        parent.kill()
+    until = time.monotonic() + 30
+    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not left  # the slots have no name: they went with the last process
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
