@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from teacher_cache.pipeline.settings.names import no_such_device
@@ -88,17 +86,6 @@ def full_float32() -> Iterator[None]:
     finally:
         for kernel, precision in zip(kernels, before, strict=True):
             kernel.fp32_precision = precision
-
-
-def pin_memory(memory: NDArray[np.uint8]) -> Callable[[], None]:
-    """Lock memory so that a GPU copies it while the host goes on, and return what unlocks it.
-
-    Raises:
-        torch.AcceleratorError: the memory cannot be locked.
-    """
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    torch.cuda.check_error(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
-    return lambda: torch.cuda.check_error(runtime.cudaHostUnregister(memory.ctypes.data))
 
 
 @contextlib.contextmanager

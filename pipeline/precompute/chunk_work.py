@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.service.service import DecodeService
-from teacher_cache.pipeline.data.service.slots import Slots
+from teacher_cache.pipeline.data.service.slots import Slot, Slots
 from teacher_cache.pipeline.data.tokens import order_by_length
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
 from teacher_cache.pipeline.precompute.reuse import KnownRows
@@ -178,7 +178,7 @@ class Batch:
 
     def __init__(self, chunk: ChunkWork, rows: NDArray[np.int64], known: bool, order: int) -> None:
         self.chunk, self.rows, self.known, self.order = chunk, rows, known, order
-        self.slot: int | None = None
+        self.slot: Slot | None = None
         self.requested_at = 0.0
         self._jobs: list[tuple[Future[list[Made]], int]] = []
 
@@ -256,10 +256,10 @@ class StretchReader:
         self.samples = writer.samples
         self._inputs, self._slots, self._service = inputs, slots, service
 
-    def slot(self, batch: Batch) -> int:
+    def slot(self, batch: Batch) -> Slot:
         """Return a batch's slot."""
         if batch.slot is None:
-            batch.slot = self._slots.take()
+            batch.slot = self._slots.take(self._layout.batch_rows * self._inputs.row_bytes)
         return batch.slot
 
     def done(self, batch: Batch) -> None:

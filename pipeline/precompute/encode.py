@@ -23,9 +23,10 @@ from teacher_cache.pipeline.data.cores import decode_processes, decode_threads
 from teacher_cache.pipeline.data.datasets.files import data_folder
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
+from teacher_cache.pipeline.data.service.pinned import pin_memory
 from teacher_cache.pipeline.data.service.service import DecodeProcesses, DecodeService, DecodeThreads
 from teacher_cache.pipeline.data.service.slots import Slots
-from teacher_cache.pipeline.models.device import keep_freed_memory, memory_told, pin_memory
+from teacher_cache.pipeline.models.device import keep_freed_memory, memory_told
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
 from teacher_cache.pipeline.precompute.chunk_work import Batch, StretchReader
 from teacher_cache.pipeline.precompute.plan import Progress, rows_by_tower
@@ -258,7 +259,7 @@ class _Encoder:
 
     @contextlib.contextmanager
     def _pools(self) -> Iterator[tuple[StretchReader, _Writers, ThreadPoolExecutor]]:
-        slots = Slots(self._writer.manifest.layout.batch_rows * self._inputs.row_bytes, self._pin)
+        slots = Slots(self._pin)
         with (
             # a store takes two chunks at a time, while the next one is claimed
             ThreadPoolExecutor(_WRITES_AHEAD if self._remote else 1) as writers,

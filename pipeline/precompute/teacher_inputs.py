@@ -19,7 +19,7 @@ from teacher_cache.pipeline.data.images.decode import UndecodableImageError, dec
 from teacher_cache.pipeline.data.images.decoders import JPEG_SCALED, open_image
 from teacher_cache.pipeline.data.images.model_input import ModelInput
 from teacher_cache.pipeline.data.images.views import crop_shown, draw_crop
-from teacher_cache.pipeline.data.service.slots import Slots
+from teacher_cache.pipeline.data.service.slots import Slot, Slots
 from teacher_cache.storage.format.identity import ViewsIdentity
 
 _NO_CROP = (np.nan,) * 5
@@ -29,7 +29,7 @@ class Place(NamedTuple):
     """Where one view of an image goes: a row of a slot. Without a slot only its crop is needed."""
 
     view: int
-    slot: int | None
+    slot: Slot | None
     at: int
 
 
@@ -50,7 +50,7 @@ class TextItem(NamedTuple):
     """Caption of a ticket: its text, and its row of a slot."""
 
     text: str
-    slot: int
+    slot: Slot
     at: int
 
 
@@ -103,11 +103,11 @@ class TeacherInputs:
         """Bytes of a row of a slot: of an image, or of a caption's tokens if they need more."""
         return max(3 * self._seen.size[0] * self._seen.size[1], 8 * self._context_length)
 
-    def shown(self, slots: Slots, slot: int, rows: int) -> NDArray[np.uint8]:
+    def shown(self, slots: Slots, slot: Slot, rows: int) -> NDArray[np.uint8]:
         """Return the first images of a slot: uint8 (rows, height, width, 3)."""
         return slots.array(slot, (rows, *self._seen.size, 3))
 
-    def tokens(self, slots: Slots, slot: int, rows: int) -> NDArray[np.int64]:
+    def tokens(self, slots: Slots, slot: Slot, rows: int) -> NDArray[np.int64]:
         """Return the first captions of a slot: int64 (rows, context_length)."""
         return slots.array(slot, (rows, self._context_length), np.int64)
 

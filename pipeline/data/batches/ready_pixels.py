@@ -20,14 +20,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.storage.errors import (
     CacheCorruptError,
     CacheFormatError,
@@ -41,6 +40,9 @@ from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.format.identity import Record, digest_of, with_digest, without_digest
 from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.read.reader import EmbeddingReader
+
+if TYPE_CHECKING:
+    from teacher_cache.pipeline.data.images.preprocess import Preprocess
 
 RECORD, ROWS_KEY = "pixels.json", "pixels.zarr/row/c/0"
 _VERSION = 1
@@ -364,31 +366,45 @@ class PixelFiles:
         """Prefetch nothing: the files are local."""
         return nullcontext()
 
-    def shown(self, place: PixelPlace, region: None = None) -> NDArray[np.uint8]:
-        """Return the pixels before normalising, RGB uint8 (height, width, 3), as ``StudentImages.shown`` does.
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pixels."""
+        return self.record.size
+
+    def named(self, place: PixelPlace) -> str:
+        """Return a view's name for messages: its file, row and number."""
+        path = self.folder / chunk_key(place.view, place.at // self.record.chunk_rows)
+        return f"{path}: image row {place.row}, view {place.view}"
+
+    def shown(self, place: PixelPlace) -> NDArray[np.uint8]:
+        """Return the pixels before normalising, RGB uint8 (height, width, 3). Raises as :meth:`write`."""
+        pixels = np.empty((*self.size, 3), np.uint8)
+        self.write(place, None, pixels)
+        return pixels
+
+    def write(self, place: PixelPlace, region: None, row: NDArray[np.uint8]) -> None:
+        """Read the pixels into a row, uint8 (height, width, 3), contiguous.
 
         Raises:
             CacheCorruptError: the bytes differ from those written; names row and view. Unwritten pixels raise too.
         """
         record = self.record
         chunk, within = divmod(place.at, record.chunk_rows)
-        path = self.folder / chunk_key(place.view, chunk)
-        named = f"{path}: image row {place.row}, view {place.view}"
+        path, named = self.folder / chunk_key(place.view, chunk), self.named(place)
         try:
             file = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise CacheCorruptError(f"{named}: the file is missing, though committed. {_AGAIN.capitalize()}") from error
         try:
-            data = os.pread(file, record.row_bytes, within * record.row_bytes)
+            length = os.preadv(file, [row.reshape(-1).data], within * record.row_bytes)
         finally:
             os.close(file)
-        checksum = crc32c(data)
-        if len(data) != record.row_bytes or checksum != place.crc32c:
+        checksum = crc32c(row.reshape(-1)[:length])
+        if length != record.row_bytes or checksum != place.crc32c:
             raise CacheCorruptError(
-                f"{named}: {len(data):,} bytes with checksum {checksum:08x}, {record.row_bytes:,} with "
+                f"{named}: {length:,} bytes with checksum {checksum:08x}, {record.row_bytes:,} with "
                 f"{place.crc32c:08x} were written. Delete this file and {_AGAIN}"
             )
-        return np.frombuffer(bytearray(data), np.uint8).reshape(*record.size, 3)  # a copy: torch wants it writable
 
 
 _AGAIN = "run the same teacher-cache student pixels command again; it makes what is missing and keeps the rest."

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self
 from teacher_cache.pipeline.data.service.slots import Slots
 from teacher_cache.pipeline.data.service.worker import Prepare, TicketError, Worker
 
-_TICKET = 32
+IMAGES_PER_TICKET = 32
 _SENT_AHEAD = 2  # tickets at one worker: it begins the second while the first one's results are on their way
 _MOST_DEATHS = 2
 
@@ -35,7 +35,10 @@ class DecodeService(Protocol):
     ticket: int
 
     def submit(self, items: Sequence[Any]) -> Future[list[Any]]:
-        """Prepare items in order of submission. The future has a result per item, or the error of one."""
+        """Prepare items in order of submission. The future has a result per item, or the error of one.
+
+        A ticket that no worker has taken can be cancelled by its future.
+        """
         ...
 
     def close(self) -> None:
@@ -87,6 +90,17 @@ class _Ticket:
     items: Sequence[Any]
     future: Future[list[Any]] = field(default_factory=Future)
     deaths_alone: int = 0
+    begun: bool = False
+
+    def begin(self) -> bool:
+        """Return whether it is to be prepared: nobody has cancelled it."""
+        self.begun = self.begun or self.future.set_running_or_notify_cancel()
+        return self.begun
+
+    def give_up(self) -> None:
+        """End it without results."""
+        if not self.future.cancel() and not self.future.done():
+            self.future.set_exception(CancelledError())
 
     def alone(self) -> list[_Ticket]:
         """Return a ticket for each item. The last one to end settles this one."""
@@ -99,7 +113,7 @@ class _Ticket:
                 left -= 1
                 last = left == 0
             if part.cancelled():
-                self.future.cancel()
+                self.give_up()
             elif self.future.done():
                 return
             elif error := part.exception():
@@ -122,7 +136,7 @@ class DecodeProcesses(_Closing):
         OSError: a worker cannot be started.
     """
 
-    ticket = _TICKET
+    ticket = IMAGES_PER_TICKET
 
     def __init__(self, prepare: Prepare, slots: Slots, processes: int) -> None:
         self._prepare, self._slots = prepare, slots
@@ -174,17 +188,23 @@ class DecodeProcesses(_Closing):
         for worker in self._workers:
             worker.end()
         for ticket in self._tickets:
-            ticket.future.cancel()
+            ticket.give_up()
 
     def _next(self, wait: bool) -> _Ticket | None:
         """Return the oldest ticket. None: closed; without ``wait`` also if idle workers will take what there is."""
         with self._changed:
-            self._idle += wait
-            while wait and not self._tickets and not self._closed:
-                self._changed.wait()
-            self._idle -= wait
-            enough = len(self._tickets) > (0 if wait else self._idle)
-            return self._tickets.popleft() if enough and not self._closed else None
+            while not self._closed:
+                if len(self._tickets) > (0 if wait else self._idle):
+                    ticket = self._tickets.popleft()
+                    if ticket.begin():
+                        return ticket
+                elif wait:
+                    self._idle += 1
+                    self._changed.wait()
+                    self._idle -= 1
+                else:
+                    break
+            return None
 
     def _serve(self, number: int) -> None:
         """Hand tickets to one worker until the service is closed."""
@@ -203,7 +223,7 @@ class DecodeProcesses(_Closing):
             except (EOFError, OSError):
                 if self._closed or not self._replace(number, sent):
                     for ticket in sent:
-                        ticket.future.cancel()
+                        ticket.give_up()
                     return
 
     def _replace(self, number: int, sent: deque[_Ticket]) -> bool:

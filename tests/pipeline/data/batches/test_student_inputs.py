@@ -13,7 +13,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from teacher_cache.pipeline.data.batches import inputs as inputs_module
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples, SampleRecord
+from teacher_cache.pipeline.data.batches.decoded_images import DecodedImages
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
 from teacher_cache.pipeline.data.batches.pairs import PairOrder
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
@@ -134,16 +136,20 @@ def test_a_run_that_fails_leaves_no_process(cache: Path, tmp_path: Path) -> None
     assert caught.value.__traceback__ is not None
 
 
-def test_an_iteration_ends_when_another_begins(reader: EmbeddingReader, inputs: InputLoader) -> None:
-    """It would be given what the other one asked for."""
+def test_iterations_are_open_side_by_side(reader: EmbeddingReader, source: ImageSource, inputs: InputLoader) -> None:
+    """A measurement does not end the epoch around it. One that is left gives back its slots."""
     rows = reader.image_rows("train")
-    first = inputs.evaluation_crops(rows, 4)
-    next(first)
-    second = inputs.evaluation_crops(rows, 8)
-    assert next(second).shape[0] == 8
-    assert list(first) == []
+    images, samples = StudentImages(reader, source, SEEN), CachedSamples(reader, kept_chunks=1)
+    wanted = torch.stack([images.see(image) for image in samples.records(rows)])
+    first, second = inputs.evaluation_crops(rows, 4), inputs.evaluation_crops(rows, 8)
+    assert torch.equal(next(first), wanted[:4])
+    assert torch.equal(next(second), wanted[:8])
+    assert torch.equal(torch.cat(list(first)), wanted[4:])
+    second.close()
+    size = inputs._slots._end
+    assert torch.equal(torch.cat(list(inputs.evaluation_crops(rows, 8))), wanted)
+    assert inputs._slots._end == size
     inputs.close()
-    assert list(second) == []
     with pytest.raises(ValueError, match="closed"):
         next(inputs.evaluation_crops(rows, 4))
 
@@ -152,18 +158,19 @@ def test_a_whole_batch_is_prefetched_before_its_first_image(
     reader: EmbeddingReader, source: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
-    ahead, shown = StudentImages.ahead, StudentImages.shown
+    ahead, shown = DecodedImages.ahead, DecodedImages.shown
 
-    def prefetch(self: StudentImages, images: list[SampleRecord]) -> Any:
+    def prefetch(self: DecodedImages, images: list[SampleRecord]) -> Any:
         asked.append([image.row for image in images])
         return ahead(self, images)
 
-    def show(self: StudentImages, image: SampleRecord, crop: Any) -> Any:
+    def show(self: DecodedImages, image: SampleRecord, crop: Any) -> Any:
         asked.append(image.row)
         return shown(self, image, crop)
 
-    monkeypatch.setattr(StudentImages, "ahead", prefetch)
-    monkeypatch.setattr(StudentImages, "shown", show)
+    monkeypatch.setattr(DecodedImages, "ahead", prefetch)
+    monkeypatch.setattr(DecodedImages, "shown", show)
+    monkeypatch.setattr(inputs_module, "decode_threads", lambda: 1)
     images = StudentImages(reader, source, SEEN)
     with closing(InputLoader(reader, lambda texts: np.zeros((len(texts), 3)), images, images, workers=0)) as inputs:
         list(inputs.evaluation_crops(np.array([3, 1, 2]), 2))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from teacher_cache.pipeline.data.service.service import DecodeProcesses
-from teacher_cache.pipeline.data.service.slots import Slots
+from teacher_cache.pipeline.data.service.slots import Slot, Slots
 
 ROW = 8
 
@@ -20,7 +20,7 @@ class Item(NamedTuple):
     """A number to write into a row of a slot. ``does`` is what happens before."""
 
     number: int
-    slot: int
+    slot: Slot
     at: int
     does: str = ""
 
@@ -62,10 +62,10 @@ class CannotStart(Write):
 
 def main() -> None:
     """Print the workers' ids, and decode until somebody kills this process."""
-    slots = Slots(64 * ROW)
+    slots = Slots()
     with DecodeProcesses(Write(Path("unused")), slots, 2) as service:
         sys.stdout.write(" ".join(map(str, service.pids)) + "\n")
         sys.stdout.flush()
-        slot = slots.take()
+        slot = slots.take(64 * ROW)
         while True:
             service.submit([Item(number, slot, number, "sleep") for number in range(64)]).result()

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,17 @@ import numpy as np
 import pytest
 
 from teacher_cache.pipeline.data.service.service import DecodeProcesses, DecodeService, DecodeThreads
-from teacher_cache.pipeline.data.service.slots import Slots
+from teacher_cache.pipeline.data.service.slots import Slot, Slots
 from tests.container_files import PROJECT
 from tests.pipeline.data.service.service_work import ROW, CannotStart, Item, Write
 
 ROWS = 64
+NONE = Slot(0, 0)
 
 
 @pytest.fixture
 def slots() -> Iterator[Slots]:
-    with closing(Slots(ROWS * ROW)) as made:
+    with closing(Slots()) as made:
         yield made
 
 
@@ -37,7 +38,7 @@ def prepare_all(service: DecodeService, slots: Slots, tickets: int, does: str = 
     """Prepare tickets of a slot each, and check every byte and result."""
     jobs = []
     for ticket in range(tickets):
-        slot = slots.take()
+        slot = slots.take(ROWS * ROW)
         numbers = range(ticket * ROWS, (ticket + 1) * ROWS)
         jobs.append(
             (slot, numbers, service.submit([Item(number, slot, at, does) for at, number in enumerate(numbers)]))
@@ -56,12 +57,12 @@ def test_every_item_is_prepared_in_its_place(tmp_path: Path, slots: Slots, proce
     with service:
         prepare_all(service, slots, tickets=20)
         prepare_all(service, slots, tickets=20)  # in slots that were given back
-        assert slots.take() == 0
+        assert slots.take(ROWS * ROW).start == 0
 
 
 def test_a_worker_imports_no_torch(tmp_path: Path, slots: Slots) -> None:
     with DecodeProcesses(Write(tmp_path / "log"), slots, 1) as service:
-        assert service.submit([Item(0, 0, 0, "modules")]).result(60) == [[]]
+        assert service.submit([Item(0, NONE, 0, "modules")]).result(60) == [[]]
 
 
 def test_a_ticket_takes_two_messages(tmp_path: Path, slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +97,8 @@ def test_killed_workers_are_replaced_and_nothing_is_lost(tmp_path: Path, slots: 
             for _ in range(3):
                 if over.wait(0.05 + pick.random() * 0.2):
                     return
-                os.kill(pick.choice([pid for pid in service.pids if pid]), signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it is being replaced
+                    os.kill(pick.choice([pid for pid in service.pids if pid]), signal.SIGKILL)
 
         with ExitStack() as ended:
             killer = threading.Thread(target=kill)
@@ -110,8 +112,8 @@ def test_killed_workers_are_replaced_and_nothing_is_lost(tmp_path: Path, slots: 
 def test_an_image_that_kills_twice_ends_by_name_and_its_neighbours_do_not(tmp_path: Path, slots: Slots) -> None:
     log = tmp_path / "log"
     with DecodeProcesses(Write(log), slots, 2) as service:
-        items = [Item(number, 0, number, "poison" if number == 5 else "") for number in range(ROWS)]
-        slots.take()
+        slot = slots.take(ROWS * ROW)
+        items = [Item(number, slot, number, "poison" if number == 5 else "") for number in range(ROWS)]
         with pytest.raises(OSError, match=r"^number 5: two processes ended .* killed by SIGSEGV"):
             service.submit(items).result(60)
         prepare_all(service, slots, tickets=4)
@@ -120,8 +122,8 @@ def test_an_image_that_kills_twice_ends_by_name_and_its_neighbours_do_not(tmp_pa
 
 def test_an_image_that_kills_once_is_prepared_by_the_next_worker(tmp_path: Path, slots: Slots) -> None:
     with DecodeProcesses(Write(tmp_path / "log"), slots, 1) as service:
-        slots.take()
-        items = [Item(number, 0, number, "poison once" * (number == 5)) for number in range(ROWS)]
+        slot = slots.take(ROWS * ROW)
+        items = [Item(number, slot, number, "poison once" * (number == 5)) for number in range(ROWS)]
         assert service.submit(items).result(60) == [number**2 for number in range(ROWS)]
 
 
@@ -130,7 +132,7 @@ def test_an_error_keeps_its_class_and_ends_its_ticket_alone(tmp_path: Path, slot
     write = Write(tmp_path / "log")
     service: DecodeService = DecodeProcesses(write, slots, processes) if processes else DecodeThreads(write, slots, 2)
     with service:
-        failed = service.submit([Item(7, 0, 0, "raise")])
+        failed = service.submit([Item(7, NONE, 0, "raise")])
         with pytest.raises(FileNotFoundError, match=r"no such picture: '7'"):
             failed.result(60)
         prepare_all(service, slots, tickets=2)
@@ -144,7 +146,8 @@ def test_a_worker_that_cannot_start_is_told_at_once(tmp_path: Path, slots: Slots
 def test_closing_ends_workers_and_waiting_tickets(tmp_path: Path, slots: Slots) -> None:
     service = DecodeProcesses(Write(tmp_path / "log"), slots, 2)
     pids = [pid for pid in service.pids if pid]
-    jobs = [service.submit([Item(number, 0, 0, "sleep") for number in range(500)]) for _ in range(10)]
+    slot = slots.take(ROW)
+    jobs = [service.submit([Item(number, slot, 0, "sleep") for number in range(500)]) for _ in range(10)]
     service.close()
     assert all(job.done() for job in jobs)
     assert not [pid for pid in pids if is_alive(pid)]
