@@ -54,7 +54,7 @@ def train(settings: Settings[TrainConfig], resume: bool, as_json: bool) -> None:
 
     with resumable(state, errors=False):
         if config.workers != 0 and config.devices == 1:
-            start_fork_server()  # it imports torch while this process does
+            start_fork_server()  # while this process imports torch
         from teacher_cache.pipeline.train.launch import launched_rank  # torch takes seconds, and may be interrupted
         from teacher_cache.pipeline.train.loop import train as run
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ def _train_rank(
     """Train a whole run in the process of one device."""
     workers = _workers(config, fabric.device)
     if workers != 0:
-        start_fork_server()  # imports torch while the student is built
+        start_fork_server()  # in parallel to the student
     run = RunFolder(config.out)
     begun = recorded_start(run) if resume else None
     cache = TrainingCache.open(config, run, begun)
@@ -221,7 +222,7 @@ class _Trainer:
             views_used(cache.reader, config.views),
             config.captions_per_image,
         )
-        self._batches = BatchLoader(order, inputs, teacher, fabric.global_rank, fabric.world_size)
+        self._loader = BatchLoader(order, inputs, teacher, fabric.global_rank, fabric.world_size)
         _prepare(student, config, fabric, inputs)
         fused = fabric.device.type == "cuda"
         self._model, optimizer = fabric.setup(student, adamw(student, config.learning_rate, config.weight_decay, fused))
@@ -243,12 +244,14 @@ class _Trainer:
 
     def train(self) -> None:
         """Train to the end of the last epoch."""
+        point, epochs = self._state.point, self._config.epochs
         try:
-            while self._state.point.epoch < self._config.epochs:
-                self._epoch()
+            with closing(self._loader.epochs(range(point.epoch, epochs), point.sums.steps)) as self._batches:
+                while point.epoch < epochs:
+                    self._epoch()
         finally:
             if self._writer is not None:
-                self._writer.log.close(finished=self._state.point.epoch >= self._config.epochs)
+                self._writer.log.close(finished=point.epoch >= epochs)
 
     def _epoch(self) -> None:
         """Train to the end of the current epoch, then measure and save the student."""
@@ -266,21 +269,21 @@ class _Trainer:
 
     def _steps(self, stop: StopRequests) -> None:
         point = self._state.point
-        with closing(self._batches.epoch(point.epoch, point.sums.steps)) as batches:
-            self._meter = meter = EpochMeter(point.sums, self._config.batch_size)
-            for batch in stop.between_steps(batches):
-                meter.batch_arrived()
-                late = self._take(batch)
-                self._read_late()  # of the step before; a GPU has its next work by now
-                self._late = late
-                meter.step_taken(len(batch.pixels))
-                if late.ready:
-                    self._read_late()
-                if point.sums.steps < self._steps_per_epoch and self._writer is not None and self._writer.is_due():
-                    self._save_step()
-                meter.wait()
-                stop.may_act()
-            self._read_late()
+        self._meter = meter = EpochMeter(point.sums, self._config.batch_size)
+        coming = islice(self._batches, self._steps_per_epoch - point.sums.steps)
+        for batch in stop.between_steps(coming):
+            meter.batch_arrived()
+            late = self._take(batch)
+            self._read_late()  # of the step before; a GPU has its next work by now
+            self._late = late
+            meter.step_taken(len(batch.pixels))
+            if late.ready:
+                self._read_late()
+            if point.sums.steps < self._steps_per_epoch and self._writer is not None and self._writer.is_due():
+                self._save_step()
+            meter.wait()
+            stop.may_act()
+        self._read_late()
 
     def _take(self, batch: Batch) -> LateValues:
         state, size = self._state, self._config.micro_batch or len(batch.pixels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
-from itertools import tee
+from itertools import chain, tee
 from typing import NamedTuple
 
 from torch import Tensor
@@ -43,17 +43,20 @@ class BatchLoader:
         self._order, self._inputs, self._teacher = order, inputs, teacher
         self._rank, self._ranks = rank, ranks
 
-    def epoch(self, number: int, start_step: int = 0) -> Generator[Batch]:
-        """Yield the batches of an epoch. Close the generator to stop prefetching.
+    def epochs(self, numbers: range, start_step: int = 0) -> Generator[Batch]:
+        """Yield the batches of epochs, one after another. Close the generator to stop prefetching.
+
+        The next epoch's first batches are prepared while this one ends.
 
         Args:
-            number: the epoch, from 0.
-            start_step: first batch to yield.
+            numbers: the epochs, from 0.
+            start_step: first batch of the first epoch to yield.
 
         Raises:
             OSError, CacheError: an image or the cache cannot be read.
         """
-        drawn = ((pairs, pairs.part(self._rank, self._ranks)) for pairs in self._order.epoch(number, start_step))
+        orders = (self._order.epoch(number, start_step * (number == numbers.start)) for number in numbers)
+        drawn = ((pairs, pairs.part(self._rank, self._ranks)) for pairs in chain.from_iterable(orders))
         # targets prefetch thousands of rows further than inputs, and tee keeps each batch until all have used it
         steps, shown, taught = tee(drawn, 3)
         with (
