@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 from teacher_cache.pipeline.data.service.fork_server import start_fork_server
+from teacher_cache.pipeline.data.service.kept_memory import keep_freed_blocks, keep_freed_images
 from teacher_cache.pipeline.data.service.slots import Slots
 
 _START = threading.Lock()
@@ -125,6 +126,8 @@ class TicketError(Exception):
 def _serve(parent: Connection, prepare: Prepare, slots: Slots) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+    keep_freed_blocks()
+    keep_freed_images()
     if "torch" in sys.modules:  # for a decoder that needs it: more threads would compete with the other workers
         sys.modules["torch"].set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):  # the parent has gone

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from teacher_cache.pipeline.data.service.service import DecodeProcesses
 from teacher_cache.pipeline.data.service.slots import Slot, Slots
 
@@ -44,6 +46,8 @@ class Write:
             raise FileNotFoundError(2, "no such picture", str(item.number))
         if item.does == "modules":
             return [name for name in ("torch", "zarr", "prefect") if name in sys.modules]
+        if item.does == "blocks":
+            return Image.core.get_blocks_max()
         if item.does == "sleep":
             time.sleep(0.002)
         if item.does == "poison" or (item.does == "poison once" and not self.log.exists()):

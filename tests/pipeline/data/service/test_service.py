@@ -60,9 +60,11 @@ def test_every_item_is_prepared_in_its_place(tmp_path: Path, slots: Slots, proce
         assert slots.take(ROWS * ROW).start == 0
 
 
-def test_a_worker_imports_no_torch(tmp_path: Path, slots: Slots) -> None:
+def test_a_worker_imports_no_torch_and_keeps_the_memory_of_images(tmp_path: Path, slots: Slots) -> None:
+    """Pillow maps and unmaps each image's memory else: a third of the time of small ones."""
     with DecodeProcesses(Write(tmp_path / "log"), slots, 1) as service:
         assert service.submit([Item(0, NONE, 0, "modules")]).result(60) == [[]]
+        assert service.submit([Item(0, NONE, 0, "blocks")]).result(60) == [64]
 
 
 def test_a_ticket_takes_two_messages(tmp_path: Path, slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
