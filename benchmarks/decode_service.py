@@ -13,7 +13,9 @@ import hashlib
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,8 @@ ROUNDS = 7
 
 def written(source: Path, folder: Path, size: tuple[int, int], count: int) -> list[dict[str, Any]]:
     """Photographs of one size, as rows of a samples table."""
-    samples = []
-    for number, path in enumerate(sorted(source.rglob("*.jpg"))[:count]):
+    samples, paths = [], sorted(source.rglob("*.jpg"))
+    for number, path in enumerate(islice(cycle(paths), count)):
         name = f"{size[0]}-{number}.jpg"
         Image.open(path).convert("RGB").resize(size).save(folder / name, quality=90)
         digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -55,36 +57,39 @@ def measured(service: DecodeService, slots: Slots, samples: list[dict[str, Any]]
     return len(items) / seconds, spent / len(items) * 1e6
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("photographs", type=Path)
-    source: Path = parser.parse_args().photographs
+def measure(
+    source: Path, sizes: dict[tuple[int, int], int], forms: list[tuple[str, int]], rounds: int
+) -> Iterator[str]:
+    """Yield a line for each size and form: images per second, and what an image costs this process."""
     with tempfile.TemporaryDirectory() as folder:
-        for size, count in SIZES.items():
+        for size, count in sizes.items():
             samples = written(source, Path(folder), size, count)
             policy = ViewsIdentity(count=1, policy="evaluation")
             seen = ModelInput((224, 224), (0.5,) * 3, (0.5,) * 3)
             inputs = TeacherInputs(seen, "pillow", policy, ImageSource(folder), len, 77, 1)
+            slots, nbytes = Slots(), len(samples) * inputs.row_bytes
             with ExitStack() as closing:
-                slots = Slots()
-                services: list[DecodeService] = [
-                    DecodeThreads(inputs, slots, workers)
-                    if form == "threads"
-                    else DecodeProcesses(inputs, slots, workers)
-                    for form, workers in FORMS
+                services = [
+                    closing.enter_context(
+                        (DecodeThreads if form == "threads" else DecodeProcesses)(inputs, slots, workers)
+                    )
+                    for form, workers in forms
                 ]
-                for service in services:
-                    closing.enter_context(service)  # type: ignore[arg-type]
-                nbytes = count * inputs.row_bytes
-                rounds = [[measured(each, slots, samples, nbytes) for each in services] for _ in range(ROUNDS + 1)][1:]
-            for (form, workers), values in zip(FORMS, zip(*rounds, strict=True), strict=True):
+                taken = [[measured(each, slots, samples, nbytes) for each in services] for _ in range(rounds + 1)][1:]
+            for (form, workers), values in zip(forms, zip(*taken, strict=True), strict=True):
                 rates, spent = zip(*values, strict=True)
-                print(
+                yield (
                     f"{size[0]} x {size[1]}, {workers} {form}: {statistics.median(rates):,.0f} images/s "
-                    f"({min(rates):,.0f} to {max(rates):,.0f}); parent {statistics.median(spent):,.0f} us an image",
-                    flush=True,
+                    f"({min(rates):,.0f} to {max(rates):,.0f}); parent {statistics.median(spent):,.0f} us an image"
                 )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("photographs", type=Path)
+    for line in measure(parser.parse_args().photographs, SIZES, FORMS, ROUNDS):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
