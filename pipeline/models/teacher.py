@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from teacher_cache.pipeline.data.images.decoders import JPEG_SCALED, PILLOW, require_decoder
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
+from teacher_cache.pipeline.data.service.pinned import CopyStream
 from teacher_cache.pipeline.data.tokens import tokenizer_identity
 from teacher_cache.pipeline.models.device import for_copy, full_float32, mark, multiplies_bfloat16, resolve_device
 from teacher_cache.pipeline.models.hub import hub_config, hub_within_reach
@@ -111,6 +112,7 @@ class LiveTeacher:
         # the multiplier of cosines; on the CPU, since a GPU's exp may differ in the last bit
         self.logit_scale = math.exp(float(model.logit_scale.detach().cpu()))  # type: ignore[operator]
         self._shortens = can_shorten(model)
+        self._copies = CopyStream(device)
         dtype = torch.bfloat16 if precision == "pure_bf16" else None
         self.model = model.to(device, dtype).eval().requires_grad_(False)
 
@@ -120,7 +122,8 @@ class LiveTeacher:
 
     def encode_shown(self, shown: torch.Tensor) -> Encoded:
         """Embed (batch, height, width, 3) uint8 pixels, normalised on the device."""
-        return self.encode_images(self.preprocess.normalized_batch(shown.to(self.device, non_blocking=True)))
+        moved, _ = self._copies.copied(shown)
+        return self.encode_images(self.preprocess.normalized_batch(moved))
 
     def encode_texts(self, tokens: torch.Tensor | NDArray[np.int64]) -> Encoded:
         """Embed (batch, context_length) int64 token ids."""

@@ -45,7 +45,7 @@ _LOG = logger("precompute")
 
 _BATCHES_AHEAD = 4
 _WRITES_AHEAD = 2  # stretches of rows that may wait for the disk before the teacher waits
-_BATCHES_BEHIND = {"cuda": 1}  # by device type: batches in flight while the next one is launched
+_BATCHES_BEHIND = {"cuda": 2}  # by device type: batches in flight while the next one is launched
 _LEAST_GPU_ROWS = 256
 _OTHERS_POLL_SECONDS = 0.5
 

@@ -88,6 +88,9 @@ def model_on_gpu() -> CLIP:
 def on_fake_gpu(teacher: LiveTeacher) -> LiveTeacher:
     teacher.model = model_on_gpu().eval().requires_grad_(False)
     teacher.device = GPU
+    # a stream of its own needs a driver
+    copies: Any = SimpleNamespace(copied=lambda pinned: (pinned.to(GPU, non_blocking=True), None))
+    teacher._copies = copies
     return teacher
 
 

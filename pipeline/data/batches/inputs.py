@@ -20,7 +20,7 @@ from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.batches.student_inputs import BatchForm, Key, StudentInputs
 from teacher_cache.pipeline.data.cores import decode_threads, loader_workers
-from teacher_cache.pipeline.data.service.pinned import pin_memory
+from teacher_cache.pipeline.data.service.pinned import Copied, CopyStream, pin_memory
 from teacher_cache.pipeline.data.service.service import IMAGES_PER_TICKET, DecodeProcesses, DecodeService, DecodeThreads
 from teacher_cache.pipeline.data.service.slots import Slot, Slots
 from teacher_cache.storage.files.location import begun_ahead, results_ahead
@@ -86,7 +86,8 @@ class InputLoader:
         self._samples = CachedSamples(reader, 2 * window_chunks)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inputs")
         self._slots = Slots(pin_memory if self._device.type == "cuda" else None)
-        self._copied: deque[tuple[Any, Slot]] = deque()
+        self._copies = CopyStream(self._device)
+        self._copied: deque[tuple[Copied, Slot]] = deque()
         self._service: DecodeService | None = None
         self._closed = False
 
@@ -104,8 +105,9 @@ class InputLoader:
             for batch in batches:
                 tokens = torch.from_numpy(batch.form.tokens(self._slots, batch.slot, batch.rows)).clone()
                 shown = torch.from_numpy(batch.form.pixels(self._slots, batch.slot, batch.rows))
-                pixels = preprocess.normalized_batch(shown.to(self._device, non_blocking=True))
-                self._give_back(batch.slot)
+                moved, copied = self._copies.copied(shown)
+                pixels = preprocess.normalized_batch(moved)
+                self._give_back(batch.slot, copied)
                 yield pixels, tokens
 
     def evaluation_crops(self, rows: NDArray[np.int64], batch_size: int) -> Generator[Tensor]:
@@ -123,8 +125,9 @@ class InputLoader:
         with closing(self._made(keys, preprocess.size)) as batches:
             for batch in batches:
                 shown = torch.from_numpy(batch.form.pixels(self._slots, batch.slot, batch.rows))
-                pixels = preprocess.normalized_batch(shown.to(self._device, non_blocking=True))
-                self._give_back(batch.slot)
+                moved, copied = self._copies.copied(shown)
+                pixels = preprocess.normalized_batch(moved)
+                self._give_back(batch.slot, copied)
                 yield pixels
 
     def _made(self, keys: Iterable[list[Key]], size: tuple[int, int]) -> Generator[_Requested]:
@@ -171,13 +174,11 @@ class InputLoader:
                 self._service = DecodeThreads(inputs, self._slots, decode_threads())
         return self._service
 
-    def _give_back(self, slot: Slot) -> None:
-        """Give a slot back once the device has its pixels. A GPU copies while the host goes on."""
-        if self._device.type != "cuda":
+    def _give_back(self, slot: Slot, copied: Copied | None) -> None:
+        """Give a slot back once the device has its pixels."""
+        if copied is None:
             self._slots.give_back(slot)
             return
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
         self._copied.append((copied, slot))
         while self._copied and self._copied[0][0].query():
             self._slots.give_back(self._copied.popleft()[1])

@@ -21,11 +21,13 @@ from teacher_cache.pipeline.data.batches.pairs import PairOrder
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.data.service.slots import Slots
 from teacher_cache.pipeline.models.student import student_config, student_tokenizer
 from teacher_cache.pipeline.train.loop import StepProgress, train
 from teacher_cache.storage.errors import CacheMismatchError
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.pipeline.data.dataset_files import save_image
+from tests.pipeline.late_device import LateDevice, poison
 from tests.pipeline.train.train_work import make_cache, make_student, train_config
 
 SEEN = Preprocess((24, 24), (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
@@ -179,3 +181,34 @@ def test_a_whole_batch_is_prefetched_before_its_first_image(
         pairs = next(PairOrder(reader, reader.image_rows("train"), 4).epoch(0))
         list(inputs.epoch([pairs]))
         assert asked == [pairs.image_rows.tolist(), *pairs.image_rows.tolist()]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_device_that_copies_late_gets_every_batch(
+    reader: EmbeddingReader, inputs: InputLoader, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """A slot is not written again before its copy has run, in whatever order copies and work come."""
+    rows = reader.image_rows("train")
+    wanted = list(inputs.evaluation_crops(rows, 2))
+    device, normalised = LateDevice(seed), Preprocess.normalized_batch
+    copies: dict[int, Any] = {}
+
+    def copied(pinned: torch.Tensor) -> Any:
+        moved, done = device.copied(pinned)
+        copies[id(moved)] = done
+        return moved, done
+
+    def late_normalised(self: Preprocess, moved: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(len(moved), 3, *self.size)
+        device.work(lambda: out.copy_(normalised(self, moved)), copies[id(moved)])
+        kept.append(moved)  # as the device keeps it
+        return out
+
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(inputs._copies, "copied", copied)
+    monkeypatch.setattr(Preprocess, "normalized_batch", late_normalised)
+    monkeypatch.setattr(Slots, "give_back", poison)
+    found = list(inputs.evaluation_crops(rows, 2))
+    for _ in range(4 * len(found)):
+        device.step()
+    assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
