@@ -82,6 +82,11 @@ class ChunkWork:
         """True once every row is stored."""
         return self._pending == 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(values.nbytes for values in self.arrays.values())
+
     def start(self, at: float) -> None:
         """Record when the chunk's first input was requested."""
         if self._started is None:

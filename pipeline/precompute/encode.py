@@ -45,6 +45,7 @@ _LOG = logger("precompute")
 
 _BATCHES_AHEAD = 4
 _WRITES_AHEAD = 2  # stretches of rows that may wait for the disk before the teacher waits
+_BYTES_AHEAD = {"cuda": 128 * 2**20}  # by device type: more of them within these bytes, which a GPU fills in seconds
 _BATCHES_BEHIND = {"cuda": 2}  # by device type: batches in flight while the next one is launched
 _LEAST_GPU_ROWS = 256
 _OTHERS_POLL_SECONDS = 0.5
@@ -268,8 +269,9 @@ class _Encoder:
             contextlib.closing(self._inputs),
             self._service(slots) as service,
         ):
+            reader = StretchReader(self._writer, self._known, self._inputs, slots, service)
             try:
-                yield StretchReader(self._writer, self._known, self._inputs, slots, service), _Writers(writers), claimer
+                yield reader, _Writers(writers, _BYTES_AHEAD.get(self._teacher.device.type, 0)), claimer
             except BaseException:
                 service.close()  # no more decoding; complete chunks are still written
                 event(_LOG, logging.DEBUG, "chunks in flight", chunks=0)
@@ -313,22 +315,26 @@ class _Encoder:
         event(_LOG, logging.DEBUG, "batch encoded", tower=chunk.ref.tower, **counted)
         self._tally.add_rows(chunk.ref, len(batch.rows))
         if chunk.complete:
-            writers.submit(chunk.sharing, lambda: chunk.write(self._writer, self._teacher))
+            writers.submit(chunk.sharing, chunk.nbytes, lambda: chunk.write(self._writer, self._teacher))
 
 
 class _Writers:
-    """Queue of chunks to write. :meth:`submit` waits while two stretches of rows are being written."""
+    """Queue of chunks to write. :meth:`submit` waits while two stretches of rows, and ``most`` bytes, are written."""
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
-        self._writing: deque[Future[None]] = deque()
+    def __init__(self, pool: ThreadPoolExecutor, most: int) -> None:
+        self._pool, self._most = pool, most
+        self._writing: deque[tuple[Future[None], int]] = deque()
 
-    def submit(self, sharing: int, write: Any) -> None:
-        """Start writing a chunk, one of ``sharing`` in its stretch."""
-        while len(self._writing) >= _WRITES_AHEAD * sharing:
+    def submit(self, sharing: int, nbytes: int, write: Any) -> None:
+        """Start writing a chunk of this size, one of ``sharing`` in its stretch."""
+        while len(self._writing) >= _WRITES_AHEAD * sharing and self._bytes + nbytes > self._most:
             self._wait()
-        self._writing.append(self._pool.submit(write))
+        self._writing.append((self._pool.submit(write), nbytes))
         event(_LOG, logging.DEBUG, "chunks in flight", chunks=len(self._writing))
+
+    @property
+    def _bytes(self) -> int:
+        return sum(nbytes for _, nbytes in self._writing)
 
     def drain(self) -> None:
         """Wait until all chunks are written."""
@@ -337,7 +343,7 @@ class _Writers:
             event(_LOG, logging.DEBUG, "chunks in flight", chunks=len(self._writing))
 
     def _wait(self) -> None:
-        self._writing.popleft().result()
+        self._writing.popleft()[0].result()
 
 
 def _noted(stretches: Iterable[list[ChunkRef]], claimed: list[ChunkRef]) -> Iterator[list[ChunkRef]]:

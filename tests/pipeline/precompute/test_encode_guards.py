@@ -258,8 +258,12 @@ def test_a_batch_is_normalised_as_its_images_are(size: tuple[int, int]) -> None:
         assert torch.equal(preprocess.transform(Image.fromarray(image)), wanted)
 
 
-def test_the_teacher_goes_on_while_a_chunk_is_written(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a store that hangs: two more chunks are encoded meanwhile, and no third, which would fill the memory."""
+@pytest.mark.parametrize(("waiting_bytes", "most"), [(0, 6), (4 * 8 * (16 * 2 + 4), 10)])
+def test_the_teacher_goes_on_while_a_chunk_is_written(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch, waiting_bytes: int, most: int
+) -> None:
+    """With a store that hangs: chunks of so many bytes are encoded meanwhile, at least two, and no more."""
+    monkeypatch.setattr(teacher_cache.pipeline.precompute.encode, "_BYTES_AHEAD", {"cpu": waiting_bytes})
     settings, teacher, refs = planned
     captions = [ref for ref in refs if ref.tower == "text"]
     passes, during = threading.Semaphore(0), []
@@ -274,7 +278,7 @@ def test_the_teacher_goes_on_while_a_chunk_is_written(planned: Planned, monkeypa
 
     def hanging_write(self: EmbeddingWriter, ref: ChunkRef, *what: Any) -> Any:
         if not during:
-            assert all(passes.acquire(timeout=60) for _ in range(6)), "the teacher waits for the first write"
+            assert all(passes.acquire(timeout=60) for _ in range(most)), "the teacher waits for the first write"
             time.sleep(0.2)  # room for one pass too many
             during.append(counts["passes"])
         assert threading.current_thread() is not threading.main_thread()
@@ -283,7 +287,7 @@ def test_the_teacher_goes_on_while_a_chunk_is_written(planned: Planned, monkeypa
     monkeypatch.setattr(LiveTeacher, "encode_texts", encode_texts)
     monkeypatch.setattr(EmbeddingWriter, "write", hanging_write)
     encode_chunks(settings, teacher, captions)
-    assert during == [6]  # the chunk that is written, and two behind it, of two batches each
+    assert during == [most]  # the chunk that is written and those behind it, of two batches each
     assert counts["passes"] == 5 * 2 + 1
 
 
