@@ -45,6 +45,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.operations = 0
         self.to_device: Counter[bool] = Counter()
+        self.bytes = Counter[str]()
         self.to_host: Counter[bool] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,6 +54,8 @@ class Watch(TorchDispatchMode):
         self.operations += 1
         source = args[0] if args and isinstance(args[0], torch.Tensor) else None
         moved = source is not None and isinstance(out, torch.Tensor) and (source.device.type, out.device.type)
+        if isinstance(out, torch.Tensor) and moved:
+            self.bytes["->".join(moved)] += out.nbytes * (moved[0] != moved[1])
         if moved == ("cpu", "cuda"):
             self.to_device[not kwargs.get("non_blocking")] += 1
         if moved == ("cuda", "cpu"):
@@ -106,6 +109,27 @@ def test_a_second_batch_of_pictures_and_captions_is_launched_without_a_wait(tiny
         image, text = teacher.encode_shown(shown), teacher.encode_texts(tokens)
         assert image._embedding.shape == text._embedding.shape == (BATCH, 16)
     assert watch.to_device == {False: 2}
+
+
+def test_what_a_batch_moves_and_launches(tiny_teacher: Path) -> None:
+    """A byte for each value of a picture goes there, an embedding and a norm come back. Launches do not grow."""
+    teacher = load_teacher(f"local-dir:{tiny_teacher}", device="cpu")
+    height, width = teacher.preprocess.size
+    counts = []
+    with fake_gpu() as watch:
+        on_fake_gpu(teacher)
+        for rows in (BATCH, 4 * BATCH):
+            shown = torch.zeros(rows, height, width, 3, dtype=torch.uint8)
+            teacher.encode_shown(shown)
+            watch.bytes.clear()
+            watch.operations = 0
+            teacher.encode_shown(shown)
+            assert watch.bytes["cpu->cuda"] == rows * height * width * 3
+            assert watch.bytes["cuda->cpu"] == rows * (16 * 2 + 4)
+            counts.append(watch.operations)
+    few, many = counts
+    assert few == many
+    assert many <= 70  # of two layers, normalising included
 
 
 def test_a_training_step_is_launched_without_a_wait(tmp_path: Path) -> None:
