@@ -127,6 +127,9 @@ class _Tokenizer:
         self.context_length = context_length
         self._inner, self._lock = inner, Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Tokenizer, (self._inner, self.context_length)  # without the lock
+
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Return int64 (texts, context_length)."""
         if not texts:

@@ -220,6 +220,8 @@ class DecodeProcesses(_Closing):
                     self._workers[number].send(ticket.items)
                 if ticket is None or len(sent) == _SENT_AHEAD:
                     _settle(sent, self._workers[number])
+            except TicketError as raised:  # its items cannot be sent
+                sent.pop().future.set_exception(raised.error)
             except (EOFError, OSError):
                 if self._closed or not self._replace(number, sent):
                     for ticket in sent:

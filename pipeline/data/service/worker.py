@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -80,17 +82,26 @@ class Worker:
 
         Raises:
             OSError: the worker has ended.
+            TicketError: an item cannot be pickled. Nothing was sent.
         """
-        self._connection.send(items)
+        try:
+            message = ForkingPickler.dumps(items)
+        except Exception as error:
+            raise TicketError(error) from error
+        self._connection.send_bytes(message)
 
     def receive(self) -> list[Any]:
         """Wait for the results of the oldest ticket that was handed over.
 
         Raises:
             EOFError, OSError: the worker has ended.
-            TicketError: the ticket raised.
+            TicketError: the ticket raised, or its results cannot be read.
         """
-        reply = self._connection.recv()
+        message = self._connection.recv_bytes()
+        try:
+            reply = pickle.loads(message)
+        except Exception as error:
+            raise TicketError(error) from error
         if isinstance(reply, _Failed):
             raise TicketError(reply.error)
         results: list[Any] = reply

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,14 @@ def test_ids_are_the_tokenizers(teacher: LiveTeacher, library: tuple[Any, Any]) 
     lower = teacher.tokenizer([text.lower() for text in CAPTIONS])
     np.testing.assert_array_equal(lower, ids, "each of these families learned with lower case")
     assert teacher.tokenizer([]).shape == (0, length)
+
+
+def test_another_process_makes_the_same_pixels_and_ids(teacher: LiveTeacher) -> None:
+    """Decoding processes get both by pickle."""
+    seen, tokenizer = pickle.loads(pickle.dumps((teacher.preprocess.without_torch(), teacher.tokenizer)))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8))
+    np.testing.assert_array_equal(seen.shown(picture), teacher.preprocess.shown(picture))
+    np.testing.assert_array_equal(tokenizer(["two dogs"]), teacher.tokenizer(["two dogs"]))
 
 
 def test_the_identity_tells_teachers_apart(teacher: LiveTeacher, folder: Path, tmp_path: Path) -> None:

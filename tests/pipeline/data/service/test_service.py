@@ -81,10 +81,10 @@ def test_a_ticket_takes_two_messages(tmp_path: Path, slots: Slots, monkeypatch: 
 
             monkeypatch.setattr(Connection, name, moving)
 
-        counted("send")
-        counted("recv")
+        counted("send_bytes")
+        counted("recv_bytes")
         prepare_all(service, slots, tickets=4)
-        assert messages == {"send": 4, "recv": 4}
+        assert messages == {"send_bytes": 4, "recv_bytes": 4}
         assert messages.total() <= 4 * ROWS / 16
 
 
@@ -137,6 +137,13 @@ def test_an_error_keeps_its_class_and_ends_its_ticket_alone(tmp_path: Path, slot
         failed = service.submit([Item(7, NONE, 0, "raise")])
         with pytest.raises(FileNotFoundError, match=r"no such picture: '7'"):
             failed.result(60)
+        prepare_all(service, slots, tickets=2)
+
+
+def test_items_that_cannot_be_sent_end_their_ticket_alone(tmp_path: Path, slots: Slots) -> None:
+    with DecodeProcesses(Write(tmp_path / "log"), slots, 1) as service:
+        with pytest.raises(TypeError, match="pickle"):
+            service.submit([threading.Lock()]).result(60)
         prepare_all(service, slots, tickets=2)
 
 
