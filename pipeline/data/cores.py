@@ -9,6 +9,7 @@ from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 _FEW_CORES = 4
+_MOST_PROCESSES = 32  # some 47,000 small images/s (reckoned), and each may fetch one remote image of 32
 _MOST_THREADS = 16  # threads that decode share Python's lock: more take turns away from the one that feeds the teacher
 
 
@@ -36,8 +37,12 @@ def decode_processes(cuda: bool) -> int:
         return 0
     import torch
 
-    share = usable_cores() // max(1, torch.cuda.device_count())
-    return share - 1 if share > _FEW_CORES else 0
+    return processes_of(usable_cores() // max(1, torch.cuda.device_count()))
+
+
+def processes_of(cores: int) -> int:
+    """Return the number of processes that decode for a GPU with this many cores; 0: threads."""
+    return min(cores - 1, _MOST_PROCESSES) if cores > _FEW_CORES else 0
 
 
 def loader_workers(cuda: bool, processes: int = 1) -> int:

@@ -95,7 +95,7 @@ def deterministic_kernels() -> Iterator[None]:
     """
     cudnn, workspace = torch.backends.cudnn, os.environ.get(_CUBLAS_WORKSPACE)
     before = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark
-    os.environ[_CUBLAS_WORKSPACE] = ":4096:8"
+    os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
     try:
         torch.use_deterministic_algorithms(True)
         cudnn.deterministic, cudnn.benchmark = True, False
@@ -103,9 +103,8 @@ def deterministic_kernels() -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(before[0])
         cudnn.deterministic, cudnn.benchmark = before[1:]
-        os.environ.pop(_CUBLAS_WORKSPACE)
-        if workspace is not None:
-            os.environ[_CUBLAS_WORKSPACE] = workspace
+        if workspace is None:
+            os.environ.pop(_CUBLAS_WORKSPACE)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,9 @@ class EpochRecord(BaseModel, frozen=True):
     parts: dict[str, float] = Field(description="Each named loss before weighting.")
     seconds: float
     samples_per_second: float
-    data_wait_share: float = Field(description="Share of the seconds spent waiting for batches.")
+    data_wait_share: float = Field(
+        description="Share of the seconds spent waiting for batches; on a GPU, which works meanwhile, an upper limit."
+    )
     selection: Selection | None = Field(None, description="Recall on the select split after this epoch.")
 
 

@@ -1,8 +1,9 @@
 """Encoding of chunks of a planned cache: decode, run the teacher, write and commit; alone or with other processes.
 
-Decoding (threads), the teacher (the calling thread) and writing (one thread, two to a store) overlap, also across
-chunks. A GPU gets its next batch before the last one's embeddings are copied back. Several processes share a cache by
-claims (``teacher_cache.storage.write.claims``), one per stretch of rows: the chunks of all views of the same images.
+Decoding (threads or processes), the teacher (the calling thread) and writing (one thread, two to a store) overlap, also
+across chunks. A GPU gets its next batch before the last one's embeddings are copied back. Several processes share a
+cache by claims (``teacher_cache.storage.write.claims``), one per stretch of rows: the chunks of all views of the same
+images.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice, repeat, takewhile
+from itertools import chain, islice, repeat, takewhile
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -23,7 +24,7 @@ from teacher_cache.pipeline.data.cores import decode_processes, decode_threads
 from teacher_cache.pipeline.data.datasets.files import data_folder
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
-from teacher_cache.pipeline.data.service.pinned import pin_memory
+from teacher_cache.pipeline.data.service.pinned import pinned_for
 from teacher_cache.pipeline.data.service.service import DecodeProcesses, DecodeService, DecodeThreads
 from teacher_cache.pipeline.data.service.slots import Slots
 from teacher_cache.pipeline.models.device import keep_freed_memory, memory_told
@@ -33,10 +34,10 @@ from teacher_cache.pipeline.precompute.plan import Progress, rows_by_tower
 from teacher_cache.pipeline.precompute.reuse import KnownRows, known_rows
 from teacher_cache.pipeline.precompute.teacher_inputs import Prepared, TeacherInputs
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.files.location import begun_ahead, requests_at_once, results_ahead
-from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
+from teacher_cache.storage.files.location import begun_ahead, in_parallel, requests_at_once, results_ahead
+from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE, REQUESTS_AT_ONCE
 from teacher_cache.storage.format.commits import ChunkRef, stretches_of
-from teacher_cache.storage.format.layout import Layout
+from teacher_cache.storage.format.layout import Layout, Tower
 from teacher_cache.storage.observe.logs import event, hint, logger
 from teacher_cache.storage.write.claims import Claims, claim_name
 from teacher_cache.storage.write.writer import EmbeddingWriter
@@ -125,7 +126,7 @@ class RowTally:
     def __init__(self, layout: Layout, refs: Iterable[ChunkRef], progress: Progress | None) -> None:
         self._layout = layout
         self._progress = progress
-        self._done: Counter[str] = Counter()
+        self._done: Counter[Tower] = Counter()
         self._found, self._whole = deque[ChunkRef](), set[ChunkRef]()
         self._total = rows_by_tower(layout, refs)
 
@@ -145,22 +146,23 @@ class RowTally:
 
     def add_rows(self, ref: ChunkRef, rows: int) -> None:
         """Count rows of a chunk, and the chunks that were found finished."""
-        self.add(self._found.popleft() for _ in range(len(self._found)))
-        self._count(ref, rows)
+        found = [self._found.popleft() for _ in range(len(self._found))]
+        self._count(found, Counter({ref.tower: rows}))
 
     def add(self, refs: Iterable[ChunkRef]) -> None:
         """Count all rows of chunks, of each chunk once."""
-        for ref in refs:
+        self._count(refs, Counter())
+
+    def _count(self, whole: Iterable[ChunkRef], rows: Counter[Tower]) -> None:
+        for ref in whole:
             if ref not in self._whole:
                 self._whole.add(ref)
-                self._count(ref, len(ref.rows(self._layout)))
-
-    def _count(self, ref: ChunkRef, rows: int) -> None:
-        self._done[ref.tower] += rows
-        event(_LOG, logging.DEBUG, "rows done", tower=ref.tower, num_rows=rows)
-        if self._progress is not None:
-            stage = "images" if ref.tower == "image" else "captions"
-            self._progress(stage, self._done[ref.tower], self._total[ref.tower])
+                rows[ref.tower] += len(ref.rows(self._layout))
+        for tower, more in rows.items():
+            self._done[tower] += more
+            event(_LOG, logging.DEBUG, "rows done", tower=tower, num_rows=more)
+            if self._progress is not None:
+                self._progress("images" if tower == "image" else "captions", self._done[tower], self._total[tower])
 
 
 class _SharedChunks:
@@ -170,12 +172,15 @@ class _SharedChunks:
         self._writer = writer
         self.pending = list(refs)
         self.encoded: set[ChunkRef] = set()
-        # damaged chunks have a commit record already, so the record does not mean done
-        self._damaged = writer.committed(refs)
+        # damaged chunks have a commit record too, so the record does not mean done; an earlier try's are sound
+        recorded = sorted(writer.committed(refs))
+        sound = in_parallel(writer.files, writer.is_sound, recorded, CHUNKS_AT_ONCE)
+        self._sound = {ref for ref, is_sound in zip(recorded, sound, strict=True) if is_sound}
+        self._damaged = set(recorded) - self._sound
 
     def is_done(self, ref: ChunkRef) -> bool:
         """Return whether a chunk needs no more work."""
-        if ref in self.encoded:
+        if ref in self.encoded or ref in self._sound:
             return True
         return self._writer.is_sound(ref) if ref in self._damaged else self._writer.is_committed(ref)
 
@@ -223,7 +228,6 @@ class _Encoder:
         self._threads = config.decode_threads or decode_threads()
         cuda = teacher.device.type == "cuda"
         self._processes = decode_processes(cuda) if config.decode_processes is None else config.decode_processes
-        self._pin = pin_memory if cuda else None
         self._inputs = TeacherInputs(
             teacher.preprocess.without_torch(),
             teacher.preprocess.decoder,
@@ -245,33 +249,35 @@ class _Encoder:
             f"{rows} rows are encoded at once, which is part of the cache's layout. Free the GPU, or start a new cache "
             f"with --batch-size {max(1, rows // 4)}"
         )
-        with memory_told(advice), self._pools() as (reader, writers, claimer):
+        coming = iter(stretches)
+        with memory_told(advice), ThreadPoolExecutor(1) as claimer:
             # a claim syncs a file, or takes requests to a store: the next stretch is claimed ahead, in another thread
-            coming = iter(stretches)
             claimed = takewhile(bool, results_ahead(claimer, lambda _: next(coming, []), repeat(None), 1))
-            batches = (batch for stretch in claimed for batch in reader.batches(stretch))
-            for batch in begun_ahead(Batch.request, batches, _BATCHES_AHEAD):
-                launched.append(self._launch(batch, reader))
-                while len(launched) > behind:
+            if (first := next(claimed, None)) is None:
+                return  # others encode what is left: nothing is started for it
+            with self._pools() as (reader, writers):
+                batches = (batch for stretch in chain([first], claimed) for batch in reader.batches(stretch))
+                for batch in begun_ahead(Batch.request, batches, _BATCHES_AHEAD):
+                    launched.append(self._launch(batch, reader))
+                    while len(launched) > behind:
+                        self._finish(launched.popleft(), reader, writers)
+                while launched:
                     self._finish(launched.popleft(), reader, writers)
-            while launched:
-                self._finish(launched.popleft(), reader, writers)
-            writers.drain()
+                writers.drain()
 
     @contextlib.contextmanager
-    def _pools(self) -> Iterator[tuple[StretchReader, _Writers, ThreadPoolExecutor]]:
-        slots = Slots(self._pin)
+    def _pools(self) -> Iterator[tuple[StretchReader, _Writers]]:
+        slots = Slots(pinned_for(self._teacher.device))
         with (
             # a store takes two chunks at a time, while the next one is claimed
             ThreadPoolExecutor(_WRITES_AHEAD if self._remote else 1) as writers,
-            ThreadPoolExecutor(1) as claimer,
             contextlib.closing(slots),
             contextlib.closing(self._inputs),
             self._service(slots) as service,
         ):
             reader = StretchReader(self._writer, self._known, self._inputs, slots, service)
             try:
-                yield reader, _Writers(writers, _BYTES_AHEAD.get(self._teacher.device.type, 0)), claimer
+                yield reader, _Writers(writers, _BYTES_AHEAD.get(self._teacher.device.type, 0))
             except BaseException:
                 service.close()  # no more decoding; complete chunks are still written
                 event(_LOG, logging.DEBUG, "chunks in flight", chunks=0)

@@ -86,7 +86,7 @@ class PlanSettings:
 
     @property
     def goes_on(self) -> bool:
-        """True for an unfinished cache, whose images are compared with their digests when they are encoded.
+        """True for an unfinished cache, whose remaining images are compared with their digests when they are encoded.
 
         A sealed cache encodes nothing, and imported rows are not decoded: there only digests show a changed image.
         """

@@ -23,7 +23,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +32,8 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from teacher_cache.pipeline.data.cores import processes_of
+from teacher_cache.pipeline.data.service.worker import portable
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.encode import RowTally, encode_claimed
 from teacher_cache.pipeline.precompute.plan import Progress, plan_precompute
@@ -106,19 +107,7 @@ def _outcome(call: Callable[[], set[ChunkRef]]) -> Outcome:
         sys.stderr.flush()
         os._exit(1)
     except Exception as error:
-        return Outcome(error=_portable(error), transient=is_transient(error))
-
-
-def _portable(error: Exception) -> Exception:
-    """Return the error in a form that another process can rebuild, without its cause; at worst as an OSError."""
-    where = f"(a worker on {socket.gethostname()})"
-    with contextlib.suppress(Exception):
-        rebuilt = deepcopy(error)  # as the other process rebuilds it
-        if type(rebuilt) is type(error) and str(rebuilt) == str(error):
-            if rebuilt.args == (str(error),):
-                rebuilt.args = (f"{error} {where}",)
-            return rebuilt
-    return OSError(f"{type(error).__name__}: {error} {where}")
+        return Outcome(error=portable(error, f"(a worker on {socket.gethostname()})"), transient=is_transient(error))
 
 
 @dataclass(frozen=True)
@@ -240,7 +229,11 @@ class RayExecutor:
         """
         slot = self._slot(config)
         device = "cuda" if slot.gpus else "cpu"
-        per_actor = config.model_copy(update={"device": device, "decode_threads": config.decode_threads or slot.cpus})
+        processes = config.decode_processes
+        if processes is None:  # an actor sees one GPU, and cannot tell how many share its node's cores
+            processes = processes_of(slot.cpus) if slot.gpus else 0
+        decoding = {"decode_threads": config.decode_threads or slot.cpus, "decode_processes": processes}
+        per_actor = config.model_copy(update={"device": device, **decoding})
         chunks = _Chunks(config.cache, refs, progress)
         crew = _Crew(self._worker, slot, per_actor, self._workers, refs)
         with chunks.tally, contextlib.ExitStack() as leaving:

@@ -96,7 +96,8 @@ class TeacherInputs:
     ) -> None:
         self._seen, self._decoder, self._policy, self._source = seen, decoder, policy, source
         self._tokenizer, self._context_length, self._fetches = tokenizer, context_length, fetches
-        self.modules: tuple[str, ...] = ("torch", "open_clip.transform") if decoder == JPEG_SCALED else ()
+        slow = ("torch", "open_clip.transform") if decoder == JPEG_SCALED else ()
+        self.modules: tuple[str, ...] = (*slow, type(seen).__module__, type(tokenizer).__module__)
 
     @property
     def row_bytes(self) -> int:
@@ -125,8 +126,8 @@ class TeacherInputs:
 
     def close(self) -> None:
         """Cancel the requests that were made ahead."""
-        if "_fetchers" in self.__dict__:
-            self._fetchers.shutdown(wait=False, cancel_futures=True)
+        if (fetchers := self.__dict__.pop("_fetchers", None)) is not None:
+            fetchers.shutdown(wait=False, cancel_futures=True)
 
     def __call__(self, items: Sequence[Any], slots: Slots) -> list[Made]:
         """Make each item's pixels or tokens.

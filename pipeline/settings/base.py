@@ -46,8 +46,8 @@ LoaderWorkers = Annotated[
     int | None,
     Field(
         ge=0,
-        description="Number of processes that decode images. Default: half the cores, at most 8; for a GPU all but "
-        "one, at most 16.",
+        description="Number of processes that decode images; 0: threads. Default: half the cores, at most 8; for a "
+        "GPU all but one, at most 16.",
     ),
 ]
 MeasuredSplit = Annotated[

@@ -52,7 +52,9 @@ class PrecomputeConfig(StageConfig):
         "Default: none.",
     )
     decode_threads: int | None = Field(
-        None, gt=0, description="Number of threads that decode. Default: one per core, at most 16."
+        None,
+        gt=0,
+        description="Number of threads that decode, where no processes do. Default: one per core, at most 16.",
     )
     decode_processes: int | None = Field(
         None,

@@ -169,6 +169,7 @@ class TrainConfig(StageConfig):
     rank_timeout_seconds: float = Field(
         4 * 3600.0,
         gt=0,
+        le=30 * 86400,
         description="Time in seconds that a device waits for the others before the run ends: more than rank 0 takes to "
         "measure the select split or to save. Default: 4 hours.",
     )

@@ -58,7 +58,8 @@ class StepProgress:
     """Progress of a run after a step.
 
     Attributes:
-        samples_per_second, data_wait_share: mean over this epoch in this process.
+        samples_per_second, data_wait_share: mean over this epoch in this process. On a GPU the share is an upper limit:
+            the next batch is waited for while the GPU still works.
         eta_seconds: time to the last step at this speed, without measurements on the select split.
     """
 
@@ -284,6 +285,7 @@ class _Trainer:
             meter.wait()
             stop.may_act()
         self._read_late()
+        meter.ended()
 
     def _take(self, batch: Batch) -> LateValues:
         state, size = self._state, self._config.micro_batch or len(batch.pixels)

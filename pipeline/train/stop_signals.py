@@ -68,7 +68,7 @@ class StopRequests:
         """Yield the items. A signal during the wait for the next item takes effect without that item.
 
         Raises:
-            RuntimeError, OSError, EOFError: torch's workers ended, but not by a signal to this process.
+            RuntimeError, OSError, EOFError: worker processes ended, but not by a signal to this process.
         """
         iterator = iter(items)
         while True:

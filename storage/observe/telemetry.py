@@ -78,7 +78,12 @@ class Metrics:
         write = Histogram(
             "write_seconds", "One chunk written, synced and committed.", ["tower"], buckets=_COARSE, **own
         )
-        queue = Gauge("queue_depth", "decode: inputs being prepared; write: chunks being written.", ["queue"], **own)
+        queue = Gauge(
+            "queue_depth",
+            "decode: inputs being prepared, or tickets of them for processes; write: chunks being written.",
+            ["queue"],
+            **own,
+        )
         decode_queue = queue.labels("decode")
         bad = Counter("bad_samples", "Samples that could not be used, by kind.", ["kind"], **own)
         done = Gauge("progress_rows", "Rows of this run that are done, by any process.", ["tower"], **own)

@@ -26,6 +26,7 @@ from teacher_cache.storage.files.processes import ProcessName, this_process
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef
 
+_ENDED: set[str] = set()  # owners in this process whose work is over, though the process is alive
 PLAN = "plan"  # held by the process that writes the first manifest
 _BEAT_SECONDS = 15.0
 _LIST_SECONDS = 5.0
@@ -63,8 +64,9 @@ class Claims:
         self._over.set()
         if self._beating.ident is not None:
             self._beating.join()
+        _ENDED.add(self._claim.owner)
         if isinstance(error, CacheUnreachableError):
-            return  # the store does not answer; others take over claims of an ended process
+            return  # the store does not answer; a later try here, or others once this process has ended, take over
         if self._in_doubt is not None and self._is_mine(self._in_doubt):
             self._held.append(self._in_doubt)
         for _ in in_parallel(self._files, self._files.delete, self._held):
@@ -158,8 +160,8 @@ class Claims:
         except ValidationError:
             return True
         alive = claim.process.alive()
-        if alive is not None:
-            return not alive
+        if claim.owner in _ENDED or alive is not None:
+            return claim.owner in _ENDED or not alive
         try:
             beat = self._files.read(claim.beat_key)
         except FileNotFoundError:

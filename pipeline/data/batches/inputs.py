@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.batches.student_inputs import BatchForm, Key, StudentInputs
 from teacher_cache.pipeline.data.cores import decode_threads, loader_workers
-from teacher_cache.pipeline.data.service.pinned import Copied, CopyStream, pin_memory
+from teacher_cache.pipeline.data.service.pinned import Copied, CopyStream, pinned_for
 from teacher_cache.pipeline.data.service.service import IMAGES_PER_TICKET, DecodeProcesses, DecodeService, DecodeThreads
 from teacher_cache.pipeline.data.service.slots import Slot, Slots
 from teacher_cache.storage.files.location import begun_ahead, results_ahead
@@ -49,9 +50,21 @@ class _Requested(NamedTuple):
         for job in self.jobs:
             job.result()
 
-    def cancel(self) -> None:
-        """Return once nobody writes to its slot."""
-        wait([job for job in self.jobs if not job.cancel()])
+    def leave(self, give_back: Callable[[Slot], None]) -> None:
+        """Cancel it, and give its slot back as soon as nobody writes there, without waiting."""
+        left, lock = len(self.jobs), Lock()
+
+        def ended(_: Future[list[Any]]) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                last = left == 0
+            if last:
+                give_back(self.slot)
+
+        for job in self.jobs:
+            job.cancel()
+            job.add_done_callback(ended)
 
 
 class InputLoader:
@@ -85,7 +98,7 @@ class InputLoader:
         # a batch may span two windows
         self._samples = CachedSamples(reader, 2 * window_chunks)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inputs")
-        self._slots = Slots(pin_memory if self._device.type == "cuda" else None)
+        self._slots = Slots(pinned_for(self._device))
         self._copies = CopyStream(self._device)
         self._copied: deque[tuple[Copied, Slot]] = deque()
         self._service: DecodeService | None = None
@@ -150,14 +163,14 @@ class InputLoader:
                 yield requested.popleft()
         finally:
             for batch in requested:
-                batch.cancel()
-                self._slots.give_back(batch.slot)
+                batch.leave(self._slots.give_back)
 
     def _requested(self, service: DecodeService, form: BatchForm, keys: list[Key]) -> _Requested:
         slot = self._slots.take(form.nbytes)
         items = form.items(keys, slot)
-        starts = range(0, len(items), IMAGES_PER_TICKET)  # the remote images of a ticket are fetched together
-        jobs = [service.submit(items[at : at + IMAGES_PER_TICKET]) for at in starts]
+        # the remote images of a ticket are fetched together; a small batch is shared out too
+        size = min(IMAGES_PER_TICKET, -(-len(items) // (self._workers or decode_threads())))
+        jobs = [service.submit(items[at : at + size]) for at in range(0, len(items), size)]
         return _Requested(form, slot, len(keys), jobs)
 
     def _started(self) -> DecodeService:
@@ -167,7 +180,7 @@ class InputLoader:
         if self._service is None:
             learned = self._learned.files if isinstance(self._learned, ReadyPixels) else self._learned.without_torch()
             evaluated = None if self._evaluated is None else self._evaluated.without_torch()
-            inputs = StudentInputs(learned, evaluated, self.tokenizer)
+            inputs = StudentInputs(learned, evaluated, self.tokenizer, self._token_length)
             if self._workers:
                 self._service = DecodeProcesses(inputs, self._slots, self._workers)
             else:
@@ -220,6 +233,4 @@ class InputLoader:
         if self._service is not None:
             self._service.close()
         self._thread.shutdown(cancel_futures=True)
-        if self._copied:
-            self._copied[-1][0].synchronize()
         self._slots.close()

@@ -81,6 +81,7 @@ class StudentInputs:
         learned: images of training pairs.
         evaluated: images of evaluation crops.
         tokenizer: texts to int64 (texts, length).
+        length: number of tokens of a caption.
     """
 
     def __init__(
@@ -88,12 +89,14 @@ class StudentInputs:
         learned: DecodedImages | PixelFiles,
         evaluated: DecodedImages | None,
         tokenizer: Callable[[list[str]], Any],
+        length: int,
     ) -> None:
         self._learned: Any = learned
         self._evaluated: Any = evaluated
-        self._tokenizer = tokenizer
+        self._tokenizer, self._length = tokenizer, length
         decoded = [images for images in (learned, evaluated) if isinstance(images, DecodedImages)]
-        self.modules = next((images.modules for images in decoded if images.modules), ())
+        slow = next((images.modules for images in decoded if images.modules), ())
+        self.modules: tuple[str, ...] = (*slow, type(tokenizer).__module__)
 
     def named(self, item: Item) -> str:
         """Return an item's name for a message."""
@@ -117,5 +120,5 @@ class StudentInputs:
         images = self._images(item)
         images.write(item.key.image, item.key.region, slots.array(item.slot, (*images.size, 3), offset=item.pixels))
         if item.key.texts:
-            tokens = np.asarray(self._tokenizer(item.key.texts))
-            slots.array(item.slot, tokens.shape, np.int64, item.tokens)[:] = tokens
+            shape = len(item.key.texts), self._length
+            slots.array(item.slot, shape, np.int64, item.tokens)[:] = self._tokenizer(item.key.texts)

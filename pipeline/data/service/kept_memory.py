@@ -8,7 +8,7 @@ from typing import Any
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_PILLOW_BLOCKS = 64  # of 16 MiB: a decoded photograph and its resized copies
+_PILLOW_BLOCKS = 8  # of 16 MiB: a decoded photograph of a few megapixels and its resized copies
 
 
 def keep_freed_blocks() -> None:

@@ -10,16 +10,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teacher_cache.pipeline.data.service.slots import Pin
 
-def pin_memory(memory: NDArray[np.uint8]) -> Callable[[], None]:
-    """Lock memory for a GPU's copies, and return what unlocks it.
 
-    Raises:
-        torch.AcceleratorError: the memory cannot be locked.
+def pinned_for(device: torch.device) -> Pin | None:
+    """Return what locks memory for a GPU's copies. None: a CPU.
+
+    What unlocks it waits for the device first. The lock raises RuntimeError where the memory cannot be locked.
     """
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    torch.cuda.check_error(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
-    return lambda: torch.cuda.check_error(runtime.cudaHostUnregister(memory.ctypes.data))
+    if device.type != "cuda":
+        return None
+
+    def pin(memory: NDArray[np.uint8]) -> Callable[[], None]:
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device):
+            torch.cuda.check_error(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+
+        def unpin() -> None:
+            torch.cuda.synchronize(device)
+            runtime.cudaHostUnregister(memory.ctypes.data)
+
+        return unpin
+
+    return pin
 
 
 class Copied(Protocol):

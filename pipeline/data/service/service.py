@@ -103,22 +103,20 @@ class _Ticket:
             self.future.set_exception(CancelledError())
 
     def alone(self) -> list[_Ticket]:
-        """Return a ticket for each item. The last one to end settles this one."""
+        """Return a ticket for each item. When the last one has ended, this one ends: with the first error, if any."""
         parts = [_Ticket([item], deaths_alone=self.deaths_alone) for item in self.items]
         left, lock = len(parts), threading.Lock()
 
-        def settle(part: Future[list[Any]]) -> None:
+        def settle(_: Future[list[Any]]) -> None:
             nonlocal left
             with lock:
                 left -= 1
-                last = left == 0
-            if part.cancelled():
-                self.give_up()
-            elif self.future.done():
-                return
-            elif error := part.exception():
+                if left:
+                    return
+            errors = [CancelledError() if part.future.cancelled() else part.future.exception() for part in parts]
+            if error := next(filter(None, errors), None):
                 self.future.set_exception(error)
-            elif last:
+            else:
                 self.future.set_result([result for part in parts for result in part.future.result()])
 
         for part in parts:
@@ -143,7 +141,7 @@ class DecodeProcesses(_Closing):
         self._changed = threading.Condition()
         self._tickets: deque[_Ticket] = deque()
         self._idle, self._closed = 0, False
-        self._failed: OSError | None = None
+        self._failed: Exception | None = None
         self._workers = [Worker(prepare, slots) for _ in range(processes)]
         try:
             for worker in self._workers:
@@ -181,7 +179,8 @@ class DecodeProcesses(_Closing):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for worker in self._workers:
+            workers = [*self._workers]
+        for worker in workers:
             worker.kill()
         for thread in self._threads:
             thread.join()
@@ -207,46 +206,72 @@ class DecodeProcesses(_Closing):
             return None
 
     def _serve(self, number: int) -> None:
-        """Hand tickets to one worker until the service is closed."""
+        """Hand tickets to one worker until the service is closed, or no worker can be started."""
         sent: deque[_Ticket] = deque()
-        while True:
-            ticket = self._next(wait=not sent)
-            if ticket is not None:
-                sent.append(ticket)
-            if not sent:
-                return
-            try:
-                if ticket is not None:
-                    self._workers[number].send(ticket.items)
-                if ticket is None or len(sent) == _SENT_AHEAD:
-                    _settle(sent, self._workers[number])
-            except TicketError as raised:  # its items cannot be sent
-                sent.pop().future.set_exception(raised.error)
-            except (EOFError, OSError):
-                if self._closed or not self._replace(number, sent):
-                    for ticket in sent:
-                        ticket.give_up()
-                    return
+        try:
+            while (ticket := self._next(wait=not sent)) or sent:
+                try:
+                    if ticket is not None:
+                        self._send(number, ticket, sent)
+                    if ticket is None or len(sent) == _SENT_AHEAD:
+                        _settle(sent, self._workers[number])
+                except (EOFError, OSError):
+                    if self._closed:
+                        break
+                    self._blame(number, sent)
+                    self._start(number)
+        except Exception as error:  # no worker can be started
+            self._fail(error)
+        for ticket in sent:
+            ticket.give_up()
 
-    def _replace(self, number: int, sent: deque[_Ticket]) -> bool:
-        """Start a new worker in place of a dead one, and queue its tickets again. Return whether it could start."""
-        how, first = self._workers[number].end(), sent.popleft()
-        first.deaths_alone += len(first.items) == 1  # of several items, nobody knows which one did it
-        again = [*sent]
+    def _send(self, number: int, ticket: _Ticket, sent: deque[_Ticket]) -> None:
+        """Hand a ticket to a worker. One that has died without work is replaced, and no ticket is blamed for it."""
+        if not sent and not self._workers[number].is_alive():
+            self._tickets_again([ticket])
+            raise EOFError
+        try:
+            self._workers[number].send(ticket.items)
+        except TicketError as raised:  # its items cannot be pickled
+            ticket.future.set_exception(raised.error)
+        except OSError:
+            self._tickets_again([ticket])
+            raise
+        else:
+            sent.append(ticket)
+
+    def _blame(self, number: int, sent: deque[_Ticket]) -> None:
+        """Queue the tickets of a dead worker again, the items of the one that it had begun each alone."""
+        how = self._workers[number].end()
+        if not sent:
+            return
+        first, *others = sent
         sent.clear()
+        first.deaths_alone += len(first.items) == 1  # of several items, nobody knows which one did it
         if first.deaths_alone == _MOST_DEATHS:
             first.future.set_exception(OSError(self._fatal(first, how)))
         else:
-            again = [*first.alone(), *again]
+            others = [*first.alone(), *others]
+        self._tickets_again(others)
+
+    def _tickets_again(self, tickets: Sequence[_Ticket]) -> None:
         with self._changed:
-            self._tickets.extendleft(reversed(again))
+            self._tickets.extendleft(reversed(tickets))
             self._changed.notify_all()
-        try:
-            self._workers[number] = Worker(self._prepare, self._slots).ready()
-        except OSError as error:
-            self._fail(error)
-            return False
-        return True
+
+    def _start(self, number: int) -> None:
+        """Start a worker in place of a dead one.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        worker = Worker(self._prepare, self._slots)
+        with self._changed:
+            self._workers[number] = worker
+            if self._closed:
+                worker.kill()
+        if not self._closed:
+            worker.ready()
 
     def _fatal(self, ticket: _Ticket, how: str) -> str:
         return (
@@ -254,13 +279,14 @@ class DecodeProcesses(_Closing):
             f"second one {how}. Is this machine short of memory? Else leave it out"
         )
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: Exception) -> None:
         with self._changed:
             waiting = [*self._tickets]
             self._tickets.clear()
             self._failed = error
         for ticket in waiting:
-            ticket.future.set_exception(error)
+            if ticket.begin():
+                ticket.future.set_exception(error)
 
 
 def _settle(sent: deque[_Ticket], worker: Worker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import mmap
 import os
@@ -75,7 +76,8 @@ class Slots:
     def close(self) -> None:
         """Give the memory back, once no array of it is in use."""
         for unpin in self._pinned:
-            unpin()
+            with contextlib.suppress(Exception):  # a broken device: its own error is the one to tell
+                unpin()
         self._pinned.clear()
         self._maps.clear()
         os.close(self._file)

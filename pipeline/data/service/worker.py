@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from importlib import import_module
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 from teacher_cache.pipeline.data.service.fork_server import start_fork_server
-from teacher_cache.pipeline.data.service.kept_memory import keep_freed_blocks, keep_freed_images
+from teacher_cache.pipeline.data.service.kept_memory import keep_freed_images
 from teacher_cache.pipeline.data.service.slots import Slots
 
 _START = threading.Lock()
@@ -55,9 +55,13 @@ class Worker:
         context = start_fork_server(*prepare.modules)
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, prepare, slots), name="decode", daemon=True)
-        with _START, _hidden_main():
-            self._process.start()
-        other.close()
+        try:
+            with _START, _hidden_main():
+                self._process.start()
+        except (EOFError, RuntimeError) as error:  # the server could not fork
+            raise OSError(f"a decoding process cannot be started: {error or 'the system refuses'}") from error
+        finally:
+            other.close()
 
     def ready(self) -> Worker:
         """Wait until the process takes tickets, and return the worker.
@@ -107,9 +111,14 @@ class Worker:
         results: list[Any] = reply
         return results
 
+    def is_alive(self) -> bool:
+        """Return whether the process runs."""
+        return bool(self._process.is_alive())
+
     def kill(self) -> None:
         """End the process. A thread that waits for its results gets an EOFError."""
-        self._process.kill()
+        if self.is_alive():  # else its id may be another process's by now
+            self._process.kill()
 
     def end(self) -> str:
         """Return how the process ended, and close the connection. Nobody may wait for its results.
@@ -137,7 +146,8 @@ class TicketError(Exception):
 def _serve(parent: Connection, prepare: Prepare, slots: Slots) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
-    keep_freed_blocks()
+    for name in prepare.modules:
+        import_module(name)
     keep_freed_images()
     if "torch" in sys.modules:  # for a decoder that needs it: more threads would compete with the other workers
         sys.modules["torch"].set_num_threads(1)
@@ -146,10 +156,10 @@ def _serve(parent: Connection, prepare: Prepare, slots: Slots) -> None:
         while True:
             items = parent.recv()
             try:
-                reply: Any = prepare(items, slots)
+                reply = pickle.dumps(prepare(items, slots))
             except Exception as error:
-                reply = _Failed(portable(error))
-            parent.send(reply)
+                reply = pickle.dumps(_Failed(portable(error)))
+            parent.send_bytes(reply)
 
 
 def _end_with_parent() -> None:
@@ -178,7 +188,7 @@ def portable(error: Exception, where: str = "") -> Exception:
         where: is added to the message.
     """
     with contextlib.suppress(Exception):
-        rebuilt = deepcopy(error)  # as the other process rebuilds it
+        rebuilt: Exception = pickle.loads(pickle.dumps(error))
         if type(rebuilt) is type(error) and str(rebuilt) == str(error):
             if where and rebuilt.args == (str(error),):
                 rebuilt.args = (f"{error} {where}",)

@@ -117,6 +117,10 @@ class EpochMeter:
         """Start the wait for the next batch."""
         self._waiting = time.perf_counter()
 
+    def ended(self) -> None:
+        """Count the time until the last step's values were read: a GPU works on it after it was launched."""
+        self._sums.seconds = self._seconds + time.perf_counter() - self._started
+
     @staticmethod
     def finished(epoch: int, sums: EpochSums, batch_size: int, selection: Selection | None) -> EpochRecord:
         """Return the means of a finished epoch."""

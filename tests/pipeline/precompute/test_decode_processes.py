@@ -13,11 +13,12 @@ from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.service.service import DecodeProcesses
 from teacher_cache.pipeline.data.service.slots import Slot, Slots
 from teacher_cache.pipeline.models.teacher import load_teacher
-from teacher_cache.pipeline.precompute.encode import encode_chunks
+from teacher_cache.pipeline.precompute.encode import RowTally, _Encoder, encode_chunks
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.storage.errors import CacheMismatchError
 from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import cache_digest
 from tests.pipeline.data.odd_images import ODD_IMAGES
 from tests.pipeline.precompute.conftest import make_config
@@ -102,3 +103,12 @@ def test_remote_pictures_are_fetched_by_the_processes(
     monkeypatch.setattr(ImageSource, "fetches", lambda self, uri: 4)
     precompute(make_config(photos, tiny_teacher, tmp_path / "processes", decode_processes=2))
     assert cache_digest(tmp_path / "threads") == cache_digest(tmp_path / "processes")
+    # one encoder encodes again and again, as for the chunks that another process leaves
+    config = make_config(photos, tiny_teacher, tmp_path / "again")
+    teacher = load_teacher(config.teacher, device="cpu")
+    refs, writer = plan_precompute(config, teacher), EmbeddingWriter(config.cache)
+    encoder = _Encoder(config, teacher, writer, RowTally(writer.manifest.layout, refs, None))
+    for ref in refs:
+        encoder.encode([[ref]])
+    writer.seal()
+    assert cache_digest(tmp_path / "threads") == cache_digest(tmp_path / "again")

@@ -27,7 +27,7 @@ from teacher_cache.pipeline.precompute.encode import encode_chunks, encode_share
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.errors import CacheMismatchError, UsageError
+from teacher_cache.storage.errors import CacheMismatchError, CacheUnreachableError, UsageError
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.manifest import StaticFile
@@ -385,8 +385,37 @@ def test_stopped_between_the_views_of_a_stretch_it_resumes_to_the_same_bytes(
     assert cache_digest(other.cache) == cache_digest(settings.cache)
 
 
+def test_a_second_try_takes_up_what_the_first_left_claimed_on_a_store_that_was_away(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is alive, so its claims are not of a dead one. What it committed is read once, and not encoded."""
+    settings, teacher, refs = planned
+    write, writes = EmbeddingWriter.write, Counter[ChunkRef]()
+
+    def away(self: EmbeddingWriter, ref: ChunkRef, *what: Any) -> Any:
+        writes[ref] += 1
+        if writes.total() == 4:
+            raise CacheUnreachableError("the store is away")
+        return write(self, ref, *what)
+
+    monkeypatch.setattr(EmbeddingWriter, "write", away)
+    with pytest.raises(CacheUnreachableError):
+        encode_shared(settings, teacher, refs)
+    sound, looked = EmbeddingWriter.is_sound, Counter[ChunkRef]()
+
+    def looking(self: EmbeddingWriter, ref: ChunkRef) -> bool:
+        looked[ref] += 1
+        return sound(self, ref)
+
+    monkeypatch.setattr(EmbeddingWriter, "is_sound", looking)
+    committed = EmbeddingWriter(settings.cache).committed(refs)
+    assert encode_shared(settings, teacher, refs) == len(refs) - len(committed)
+    assert {looked[ref] for ref in committed} == {1}
+    assert EmbeddingWriter(settings.cache).seal().sealed
+
+
 def test_a_teacher_is_probed_once(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is compared with the cache before each span of chunks, but found out what it is only before the first."""
+    """It is compared with the cache before each call, but found out what it is only before the first."""
     settings, teacher, refs = planned
     passes: list[int] = []
     model: Any = teacher.model

@@ -64,7 +64,7 @@ def test_a_worker_imports_no_torch_and_keeps_the_memory_of_images(tmp_path: Path
     """Pillow maps and unmaps each image's memory else: a third of the time of small ones."""
     with DecodeProcesses(Write(tmp_path / "log"), slots, 1) as service:
         assert service.submit([Item(0, NONE, 0, "modules")]).result(60) == [[]]
-        assert service.submit([Item(0, NONE, 0, "blocks")]).result(60) == [64]
+        assert service.submit([Item(0, NONE, 0, "blocks")]).result(60) == [8]
 
 
 def test_a_ticket_takes_two_messages(tmp_path: Path, slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +109,30 @@ def test_killed_workers_are_replaced_and_nothing_is_lost(tmp_path: Path, slots: 
             killer.start()
             prepare_all(service, slots, tickets=16, does="sleep")
         assert set(service.pids) != first
+
+
+def test_workers_that_died_idle_are_replaced_and_nothing_is_blamed(tmp_path: Path, slots: Slots) -> None:
+    """As when a signal reaches the whole group: the first ticket then meets one dead worker after another."""
+    with DecodeProcesses(Write(tmp_path / "log"), slots, 3) as service:
+        for pid in service.pids:
+            os.kill(pid or 0, signal.SIGTERM)
+        while any(is_alive(pid or 0) for pid in service.pids):
+            time.sleep(0.01)
+        slot = slots.take(ROW)
+        assert service.submit([Item(7, slot, 0)]).result(60) == [49]
+        prepare_all(service, slots, tickets=6)
+
+
+def test_a_ticket_whose_worker_died_ends_when_all_its_items_have_ended(tmp_path: Path, slots: Slots) -> None:
+    """Not at the first error: who gets it may use the slot for something else."""
+    with DecodeProcesses(Write(tmp_path / "log"), slots, 1) as service:
+        slot = slots.take(ROWS * ROW)
+        slots.array(slot, (ROWS, ROW))[:] = 255
+        does = {0: "poison once", 1: "raise"}
+        items = [Item(number, slot, number, does.get(number, "sleep")) for number in range(ROWS)]
+        with pytest.raises(FileNotFoundError):
+            service.submit(items).result(60)
+        assert slots.array(slot, (ROWS, ROW))[2:].max() < 251
 
 
 def test_an_image_that_kills_twice_ends_by_name_and_its_neighbours_do_not(tmp_path: Path, slots: Slots) -> None:
