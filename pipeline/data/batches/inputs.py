@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -185,6 +186,8 @@ class InputLoader:
                 self._service = DecodeProcesses(inputs, self._slots, self._workers)
             else:
                 self._service = DecodeThreads(inputs, self._slots, decode_threads())
+            # threads hold the service: a loader that nobody closes ends its processes when it goes
+            weakref.finalize(self, self._service.close)
         return self._service
 
     def _give_back(self, slot: Slot, copied: Copied | None) -> None:

@@ -177,6 +177,8 @@ class DecodeProcesses(_Closing):
     def close(self) -> None:
         """See :class:`DecodeService`."""
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
             self._changed.notify_all()
             workers = [*self._workers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import closing
@@ -136,6 +137,20 @@ def test_a_run_that_fails_leaves_no_process(cache: Path, tmp_path: Path) -> None
         train(train_config(cache, make_student(tmp_path / "s.json"), tmp_path / "run", workers=1), fail)
     assert workers() == before
     assert caught.value.__traceback__ is not None
+
+
+def test_a_loader_that_nobody_closes_ends_its_processes_when_it_goes(
+    reader: EmbeddingReader, source: ImageSource, tmp_path: Path
+) -> None:
+    before = workers()
+    images = StudentImages(reader, source, SEEN)
+    tokenizer = student_tokenizer(student_config(str(make_student(tmp_path / "s.json"))))
+    loader = InputLoader(reader, tokenizer, images, images, workers=1)
+    next(loader.evaluation_crops(reader.image_rows("train"), 2))
+    assert workers() > before
+    del loader
+    gc.collect()
+    assert workers() == before
 
 
 def test_iterations_are_open_side_by_side(reader: EmbeddingReader, source: ImageSource, inputs: InputLoader) -> None:
