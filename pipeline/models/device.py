@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teacher_cache.pipeline.data.service.kept_memory import keep_freed_blocks
 from teacher_cache.pipeline.settings.names import no_such_device
 from teacher_cache.storage.errors import UsageError
 
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 # torch refuses deterministic matrix products without it
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -132,13 +134,20 @@ def image_memory_format(model: nn.Module) -> torch.memory_format:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let this process keep freed memory if its model is on a CPU, see :func:`keep_freed_blocks`.
+    """Let glibc keep freed memory instead of returning it to the kernel, for models on a CPU.
 
-    Each layer allocates tens of megabytes. By default every forward pass faults in all of its memory again: half of the
-    time of a convolutional teacher (benchmarks/cpu_teacher.md).
+    Each layer allocates tens of megabytes. By default glibc maps and unmaps such blocks, so that every forward pass
+    faults in all of its memory again: half of the time of a convolutional teacher (benchmarks/cpu_teacher.md). One
+    arena is set, since glibc always trims the others. Does nothing on another device or without glibc.
     """
-    if device.type == "cpu":
-        keep_freed_blocks()
+    if device.type != "cpu":
+        return
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018  # these numbers mean something else, or nothing, on musl and macOS
+        libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def keep_depthwise_float32(model: nn.Module) -> int:

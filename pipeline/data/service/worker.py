@@ -17,11 +17,15 @@ from multiprocessing.reduction import ForkingPickler
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
+import PIL.Image
+
 from teacher_cache.pipeline.data.service.fork_server import start_fork_server
-from teacher_cache.pipeline.data.service.kept_memory import keep_freed_images
 from teacher_cache.pipeline.data.service.slots import Slots
 
 _START = threading.Lock()
+# Pillow's memory of freed images that a worker keeps, of 16 MiB each: for a few megapixels and its resized copies. Only
+# a process that decodes in one thread may do so
+_PILLOW_BLOCKS = 8
 
 
 class Prepare(Protocol):
@@ -148,7 +152,8 @@ def _serve(parent: Connection, prepare: Prepare, slots: Slots) -> None:
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     for name in prepare.modules:
         import_module(name)
-    keep_freed_images()
+    core: Any = PIL.Image.core  # type: ignore[attr-defined]
+    core.set_blocks_max(_PILLOW_BLOCKS)
     if "torch" in sys.modules:  # for a decoder that needs it: more threads would compete with the other workers
         sys.modules["torch"].set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):  # the parent has gone
