@@ -28,10 +28,10 @@ from benchmarks.bench.harness import Row, Settings, interleave, speed
 from benchmarks.bench.material import photographs
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
 from teacher_cache.pipeline.data.batches.pairs import PairOrder, Pairs
-from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
+from teacher_cache.pipeline.data.images.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.student import build_student, student_config, student_tokenizer
 from teacher_cache.pipeline.precompute.run import precompute

@@ -31,6 +31,7 @@ from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.checkpoints import ResumePoint, RunWriter, TrainState, load_resume_point
 from teacher_cache.pipeline.train.launch import launch, launched_rank
 from teacher_cache.pipeline.train.log.step_log import EpochMeter, EpochSums
+from teacher_cache.pipeline.train.log.step_values import LateValues
 from teacher_cache.pipeline.train.log.trackers import TrackedRun, Trackers
 from teacher_cache.pipeline.train.losses import TeacherQueue
 from teacher_cache.pipeline.train.optimizer import WeightAverage, adamw, measured_weights
@@ -44,7 +45,6 @@ from teacher_cache.pipeline.train.start import (
     training_images,
 )
 from teacher_cache.pipeline.train.step import TrainStep
-from teacher_cache.pipeline.train.step_values import LateValues
 from teacher_cache.pipeline.train.stop_signals import StopRequests
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import log_fields, logger

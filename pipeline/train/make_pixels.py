@@ -18,7 +18,11 @@ from pydantic import BaseModel
 
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples, SampleRecord
 from teacher_cache.pipeline.data.batches.pairs import stored_crops, views_used
-from teacher_cache.pipeline.data.batches.ready_pixels import (
+from teacher_cache.pipeline.data.batches.student_images import StudentImages
+from teacher_cache.pipeline.data.cores import decode_threads
+from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
+from teacher_cache.pipeline.data.images.ready_pixels import (
     RECORD,
     ROWS_KEY,
     PixelsCommit,
@@ -31,10 +35,6 @@ from teacher_cache.pipeline.data.batches.ready_pixels import (
     read_record,
     rows_bytes,
 )
-from teacher_cache.pipeline.data.batches.student_images import StudentImages
-from teacher_cache.pipeline.data.cores import decode_threads
-from teacher_cache.pipeline.data.datasets.samples import ImageSource
-from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.data.images.views import Crop
 from teacher_cache.pipeline.models.student import build_student, student_config
 from teacher_cache.pipeline.settings.base import learned_split

@@ -13,10 +13,10 @@ from lightning_fabric import Fabric
 from pydantic import ValidationError
 
 from teacher_cache.pipeline.data.batches.pairs import describe_views, views_used
-from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import handed_on
+from teacher_cache.pipeline.data.images.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import RunRecord

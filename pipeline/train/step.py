@@ -17,9 +17,9 @@ from teacher_cache.pipeline.models.device import image_memory_format
 from teacher_cache.pipeline.models.student import Student, StudentOutput
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.gather import gather_features
+from teacher_cache.pipeline.train.log.step_values import LateValues
 from teacher_cache.pipeline.train.losses import LossInputs, TeacherQueue, weighted_sum
 from teacher_cache.pipeline.train.optimizer import learning_rate_share, step_unless
-from teacher_cache.pipeline.train.step_values import LateValues
 
 
 class TrainStep:

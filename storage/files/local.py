@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -189,3 +190,15 @@ def _claim(partial: Path, target: Path) -> bool:
         target.unlink(missing_ok=True)
         raise
     return True
+
+
+def unnamed_file(name: str) -> int:
+    """Open a file without a path and return its descriptor: in memory if the system lets it.
+
+    Args:
+        name: what ``/proc`` shows.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another system, or a container that forbids it
+        return os.memfd_create(name)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

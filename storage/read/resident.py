@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_cache.storage.files.local import unnamed_file
 from teacher_cache.storage.files.location import results_ahead
-from teacher_cache.storage.files.unnamed import unnamed_file
 from teacher_cache.storage.format.arrays import stored_form
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.int8 import unit_dequantized

@@ -28,7 +28,7 @@ from teacher_cache.pipeline.models import teacher as teacher_module
 from teacher_cache.pipeline.models import text_length
 from teacher_cache.pipeline.models.student import Student, build_student
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
-from teacher_cache.pipeline.train import step_values
+from teacher_cache.pipeline.train.log import step_values
 from teacher_cache.pipeline.train.optimizer import adamw
 from teacher_cache.pipeline.train.step import TrainStep
 from tests.conftest import TINY_MODEL

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
 from teacher_cache.pipeline.data.batches.pairs import Pairs, stored_crops
-from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.batches.student_inputs import BatchForm, Key, StudentInputs
 from teacher_cache.pipeline.data.cores import decode_threads, loader_workers
+from teacher_cache.pipeline.data.images.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.data.service.pinned import Copied, CopyStream, pinned_for
 from teacher_cache.pipeline.data.service.service import IMAGES_PER_TICKET, DecodeProcesses, DecodeService, DecodeThreads
 from teacher_cache.pipeline.data.service.slots import Slot, Slots

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.batches.decoded_images import DecodedImages
-from teacher_cache.pipeline.data.batches.ready_pixels import PixelFiles
+from teacher_cache.pipeline.data.images.ready_pixels import PixelFiles
 from teacher_cache.pipeline.data.service.slots import Slot, Slots
 
 

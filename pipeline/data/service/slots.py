@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from teacher_cache.storage.files.unnamed import unnamed_file
+from teacher_cache.storage.files.local import unnamed_file
 
 Pin = Callable[[NDArray[np.uint8]], Callable[[], None]]
 

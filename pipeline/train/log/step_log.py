@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import EpochRecord, Selection
+from teacher_cache.pipeline.train.log.step_values import StepValues
 from teacher_cache.pipeline.train.log.trackers import Trackers
-from teacher_cache.pipeline.train.step_values import StepValues
 from teacher_cache.storage.observe.logs import event, logger
 
 _LOG = logger("train")

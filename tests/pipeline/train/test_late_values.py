@@ -18,10 +18,10 @@ from teacher_cache.pipeline.data.batches.pairs import Pairs
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.student import load_student
 from teacher_cache.pipeline.train import loop, losses
+from teacher_cache.pipeline.train.log.step_values import LateValues
 from teacher_cache.pipeline.train.loop import StepProgress, train
 from teacher_cache.pipeline.train.optimizer import adamw
 from teacher_cache.pipeline.train.step import TrainStep
-from teacher_cache.pipeline.train.step_values import LateValues
 from tests.pipeline.train.train_work import make_student, trace, train_config
 
 LOSSES = {"relational": 1.0, "feature": 50.0}

@@ -29,11 +29,11 @@ from teacher_cache.pipeline.models.student import (
     student_config,
     student_tokenizer,
 )
+from teacher_cache.pipeline.train.log.step_values import StepValues
 from teacher_cache.pipeline.train.loop import StepProgress, train
 from teacher_cache.pipeline.train.losses import LossInputs, TeacherQueue, weighted_sum
 from teacher_cache.pipeline.train.optimizer import WeightAverage, learning_rate_share
 from teacher_cache.pipeline.train.step import TrainStep
-from teacher_cache.pipeline.train.step_values import StepValues
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import TINY_MODEL

@@ -19,13 +19,13 @@ from PIL import Image
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
-from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images import scaled_jpeg
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
 from teacher_cache.pipeline.data.images.decoders import open_image
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.data.images.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.data.images.scaled_jpeg import ScaledJpeg
 from teacher_cache.pipeline.data.images.views import Crop, crop_shown
 from teacher_cache.pipeline.deploy.run import _teacher

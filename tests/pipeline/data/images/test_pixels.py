@@ -19,10 +19,10 @@ from PIL import Image, ImageOps
 
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
 from teacher_cache.pipeline.data.batches.pairs import stored_crops
-from teacher_cache.pipeline.data.batches.ready_pixels import ReadyPixels, read_record
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
+from teacher_cache.pipeline.data.images.ready_pixels import ReadyPixels, read_record
 from teacher_cache.pipeline.settings.train import PixelsConfig, TrainConfig
 from teacher_cache.pipeline.train import make_pixels as making
 from teacher_cache.pipeline.train.loop import train
