@@ -192,49 +192,52 @@ def load_samples(
     listed = list_samples(spec)
     source = ImageSource(data_folder(spec.root))
 
-    def known_digest(sample: Sample) -> str | None:
-        if sample.sha256 and sample.length <= MAX_IMAGE_BYTES:
-            return sample.sha256
-        return (known or {}).get((sample.sample_id, sample.uri, sample.offset, sample.length))
-
-    def digest(sample: Sample) -> str | Problem:
-        try:
-            data = source.read(sample.uri, sample.offset, sample.length)
-        except FileNotFoundError:
-            detail = f"{source.resolve(sample.uri)} does not exist"
-            return Problem("missing-file", sample.sample_id, detail, lost_image=True)
-        except OSError as error:
-            if is_transient(error) and "://" not in source.resolve(sample.uri):
-                raise  # the share fails, not the image: without its rows this would be another dataset
-            return Problem("unreadable-file", sample.sample_id, str(error), lost_image=True)
-        return hashlib.sha256(data).hexdigest()
-
     usable = SampleSet(spec.kind, source.root, problems=listed.problems)
     digests: list[str] = []
-    with ThreadPoolExecutor(digest_threads(source, listed.samples)) as pool:
-
-        def digests_of(samples: list[Sample]) -> Iterator[str | Problem]:
-            # no job for a known one: the pool takes 20 times as long as the look-up
-            have = [known_digest(sample) for sample in samples]
-            read = pool.map(digest, (sample for sample, one in zip(samples, have, strict=True) if one is None))
-            return (next(read) if one is None else one for one in have)
-
-        results = (
-            result
-            for first in range(0, len(listed.samples), _HASH_WINDOW)
-            for result in digests_of(listed.samples[first : first + _HASH_WINDOW])
-        )
-        for number, (sample, result) in enumerate(zip(listed.samples, results, strict=True)):
-            if isinstance(result, Problem):
-                usable.problems.append(result)
-            else:
-                usable.samples.append(sample)
-                digests.append(result)
-            if progress is not None and (number % 256 == 255 or number + 1 == len(listed.samples)):
-                progress(number + 1, len(listed.samples))
+    for number, (sample, result) in enumerate(_digested(source, listed.samples, known or {}), 1):
+        if isinstance(result, Problem):
+            usable.problems.append(result)
+        else:
+            usable.samples.append(sample)
+            digests.append(result)
+        if progress is not None and (number % 256 == 0 or number == len(listed.samples)):
+            progress(number, len(listed.samples))
     if not usable.samples:
         raise UsageError(f"{spec}: {_why_no_file(source, listed, usable.problems)}")
     return usable, digests
+
+
+def _digested(
+    source: ImageSource, samples: list[Sample], known: Mapping[Place, str]
+) -> Iterator[tuple[Sample, str | Problem]]:
+    """Yield each sample with the sha256 of its image, or why that cannot be read. Threads read those not known."""
+    with ThreadPoolExecutor(digest_threads(source, samples)) as pool:
+        for first in range(0, len(samples), _HASH_WINDOW):
+            window = samples[first : first + _HASH_WINDOW]
+            # no job for a known one: the pool takes 20 times as long as the look-up
+            have = [_known_digest(sample, known) for sample in window]
+            unknown = (sample for sample, digest in zip(window, have, strict=True) if digest is None)
+            read = pool.map(lambda sample: _digest(source, sample), unknown)
+            yield from ((sample, digest or next(read)) for sample, digest in zip(window, have, strict=True))
+
+
+def _known_digest(sample: Sample, known: Mapping[Place, str]) -> str | None:
+    if sample.sha256 and sample.length <= MAX_IMAGE_BYTES:
+        return sample.sha256
+    return known.get((sample.sample_id, sample.uri, sample.offset, sample.length))
+
+
+def _digest(source: ImageSource, sample: Sample) -> str | Problem:
+    try:
+        data = source.read(sample.uri, sample.offset, sample.length)
+    except FileNotFoundError:
+        detail = f"{source.resolve(sample.uri)} does not exist"
+        return Problem("missing-file", sample.sample_id, detail, lost_image=True)
+    except OSError as error:
+        if is_transient(error) and "://" not in source.resolve(sample.uri):
+            raise  # the share fails, not the image: without its rows this would be another dataset
+        return Problem("unreadable-file", sample.sample_id, str(error), lost_image=True)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _why_no_file(source: ImageSource, listed: SampleSet, problems: list[Problem]) -> str:
