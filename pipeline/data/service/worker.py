@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -107,7 +106,7 @@ class Worker:
         """
         message = self._connection.recv_bytes()
         try:
-            reply = pickle.loads(message)
+            reply = ForkingPickler.loads(message)
         except Exception as error:
             raise TicketError(error) from error
         if isinstance(reply, _Failed):
@@ -161,9 +160,9 @@ def _serve(parent: Connection, prepare: Prepare, slots: Slots) -> None:
         while True:
             items = parent.recv()
             try:
-                reply = pickle.dumps(prepare(items, slots))
+                reply = ForkingPickler.dumps(prepare(items, slots))
             except Exception as error:
-                reply = pickle.dumps(_Failed(portable(error)))
+                reply = ForkingPickler.dumps(_Failed(portable(error)))
             parent.send_bytes(reply)
 
 
@@ -193,7 +192,7 @@ def portable(error: Exception, where: str = "") -> Exception:
         where: is added to the message.
     """
     with contextlib.suppress(Exception):
-        rebuilt: Exception = pickle.loads(pickle.dumps(error))
+        rebuilt: Exception = ForkingPickler.loads(ForkingPickler.dumps(error))
         if type(rebuilt) is type(error) and str(rebuilt) == str(error):
             if where and rebuilt.args == (str(error),):
                 rebuilt.args = (f"{error} {where}",)
