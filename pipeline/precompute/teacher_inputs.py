@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, require_content
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError, decoded_size
-from teacher_cache.pipeline.data.images.decoders import JPEG_SCALED, open_image
+from teacher_cache.pipeline.data.images.decoders import modules_of, open_image
 from teacher_cache.pipeline.data.images.model_input import ModelInput
 from teacher_cache.pipeline.data.images.views import crop_shown, draw_crop
 from teacher_cache.pipeline.data.service.slots import Slot, Slots
@@ -96,8 +96,7 @@ class TeacherInputs:
     ) -> None:
         self._seen, self._decoder, self._policy, self._source = seen, decoder, policy, source
         self._tokenizer, self._context_length, self._fetches = tokenizer, context_length, fetches
-        slow = ("torch", "open_clip.transform") if decoder == JPEG_SCALED else ()
-        self.modules: tuple[str, ...] = (*slow, type(seen).__module__, type(tokenizer).__module__)
+        self.modules: tuple[str, ...] = (*modules_of(decoder), type(seen).__module__, type(tokenizer).__module__)
 
     @property
     def row_bytes(self) -> int:

@@ -59,8 +59,8 @@ class PrecomputeConfig(StageConfig):
     decode_processes: int | None = Field(
         None,
         ge=0,
-        description="Number of processes that decode; 0: threads. Default: on a GPU with more than 4 cores all of them "
-        "but one, else 0.",
+        description="Number of processes that decode; 0: threads. Default: for a GPU with more than 4 cores all of "
+        "them but one, at most 32; else 0.",
     )
     decoder: Decoder = Field(
         "pillow",

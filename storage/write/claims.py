@@ -159,9 +159,11 @@ class Claims:
             claim = ClaimRecord.model_validate_json(data)
         except ValidationError:
             return True
+        if claim.owner in _ENDED:
+            return True
         alive = claim.process.alive()
-        if claim.owner in _ENDED or alive is not None:
-            return claim.owner in _ENDED or not alive
+        if alive is not None:
+            return not alive
         try:
             beat = self._files.read(claim.beat_key)
         except FileNotFoundError:

@@ -12,7 +12,7 @@ from teacher_cache.pipeline.data.batches.cached_samples import SampleRecord
 from teacher_cache.pipeline.data.batches.stored_images import StoredImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
-from teacher_cache.pipeline.data.images.decoders import JPEG_SCALED, open_image
+from teacher_cache.pipeline.data.images.decoders import modules_of, open_image
 from teacher_cache.pipeline.data.images.model_input import ModelInput
 from teacher_cache.pipeline.data.images.views import Crop, crop_shown
 
@@ -42,7 +42,7 @@ class DecodedImages:
     @property
     def modules(self) -> tuple[str, ...]:
         """Modules that decoding takes and that are slow to import."""
-        return ("torch", "open_clip.transform") if self._decoder == JPEG_SCALED else ()
+        return modules_of(self._decoder)
 
     def named(self, image: SampleRecord) -> str:
         """Return the image's name for messages."""

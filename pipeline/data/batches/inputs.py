@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import cached_property
 from itertools import chain
 from threading import Lock
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from teacher_cache.pipeline.data.batches.pairs import Pairs, stored_crops
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.batches.student_inputs import BatchForm, Key, StudentInputs
 from teacher_cache.pipeline.data.cores import decode_threads, loader_workers
+from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.data.images.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.data.service.pinned import Copied, CopyStream, pinned_for
 from teacher_cache.pipeline.data.service.service import IMAGES_PER_TICKET, DecodeProcesses, DecodeService, DecodeThreads
@@ -52,7 +54,7 @@ class _Requested(NamedTuple):
             job.result()
 
     def leave(self, give_back: Callable[[Slot], None]) -> None:
-        """Cancel it, and give its slot back as soon as nobody writes there, without waiting."""
+        """Cancel it without a wait. Its slot is given back when the jobs that have begun are done."""
         left, lock = len(self.jobs), Lock()
 
         def ended(_: Future[list[Any]]) -> None:
@@ -118,11 +120,7 @@ class InputLoader:
         with closing(self._made(self._looked_up(pairs), preprocess.size)) as batches:
             for batch in batches:
                 tokens = torch.from_numpy(batch.form.tokens(self._slots, batch.slot, batch.rows)).clone()
-                shown = torch.from_numpy(batch.form.pixels(self._slots, batch.slot, batch.rows))
-                moved, copied = self._copies.copied(shown)
-                pixels = preprocess.normalized_batch(moved)
-                self._give_back(batch.slot, copied)
-                yield pixels, tokens
+                yield self._pixels(batch, preprocess), tokens
 
     def evaluation_crops(self, rows: NDArray[np.int64], batch_size: int) -> Generator[Tensor]:
         """Yield the pixels of images in order, float32 (batch_size or less, 3, height, width), on the device.
@@ -138,11 +136,7 @@ class InputLoader:
         keys = results_ahead(self._thread, self._evaluation_keys, parts, ahead=1)
         with closing(self._made(keys, preprocess.size)) as batches:
             for batch in batches:
-                shown = torch.from_numpy(batch.form.pixels(self._slots, batch.slot, batch.rows))
-                moved, copied = self._copies.copied(shown)
-                pixels = preprocess.normalized_batch(moved)
-                self._give_back(batch.slot, copied)
-                yield pixels
+                yield self._pixels(batch, preprocess)
 
     def _made(self, keys: Iterable[list[Key]], size: tuple[int, int]) -> Generator[_Requested]:
         """Yield batches in order as they are prepared, with the next ones requested. The caller gives the slots back.
@@ -190,6 +184,13 @@ class InputLoader:
             weakref.finalize(self, self._service.close)
         return self._service
 
+    def _pixels(self, batch: _Requested, preprocess: Preprocess) -> Tensor:
+        """Return the pixels of a prepared batch, normalised on the device, and give its slot back."""
+        moved, copied = self._copies.copied(torch.from_numpy(batch.form.pixels(self._slots, batch.slot, batch.rows)))
+        pixels = preprocess.normalized_batch(moved)
+        self._give_back(batch.slot, copied)
+        return pixels
+
     def _give_back(self, slot: Slot, copied: Copied | None) -> None:
         """Give a slot back once the device has its pixels."""
         if copied is None:
@@ -199,7 +200,7 @@ class InputLoader:
         while self._copied and self._copied[0][0].query():
             self._slots.give_back(self._copied.popleft()[1])
 
-    @property
+    @cached_property
     def _token_length(self) -> int:
         return int(np.asarray(self.tokenizer([""])).shape[1])
 

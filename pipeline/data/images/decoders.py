@@ -16,6 +16,11 @@ PILLOW, JPEG_SCALED = "pillow", "jpeg-scaled"
 DECODERS = (PILLOW, JPEG_SCALED)
 
 
+def modules_of(decoder: str) -> tuple[str, ...]:
+    """Return the modules that a decoder imports when it is first used, and that are slow to import."""
+    return ("torch", "open_clip.transform") if decoder == JPEG_SCALED else ()
+
+
 def require_decoder(name: str) -> None:
     """Check that a decoder can be used here.
 

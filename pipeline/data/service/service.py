@@ -10,12 +10,13 @@ prepared do not depend on the number of workers, on their order or on a worker t
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from teacher_cache.pipeline.data.service.slots import Slots
 from teacher_cache.pipeline.data.service.worker import Prepare, TicketError, Worker
@@ -25,7 +26,7 @@ _SENT_AHEAD = 2  # tickets at one worker: it begins the second while the first o
 _MOST_DEATHS = 2
 
 
-class DecodeService(Protocol):
+class DecodeService(ABC):
     """Interface of both forms. As a context manager it is closed at the end.
 
     Attributes:
@@ -34,25 +35,17 @@ class DecodeService(Protocol):
 
     ticket: int
 
+    @abstractmethod
     def submit(self, items: Sequence[Any]) -> Future[list[Any]]:
         """Prepare items in order of submission. The future has a result per item, or the error of one.
 
         A ticket that no worker has taken can be cancelled by its future.
         """
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Cancel what has not begun, and end all workers."""
-        ...
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class _Closing:
     def __enter__(self) -> Self:
         return self
 
@@ -61,11 +54,8 @@ class _Closing:
     ) -> None:
         self.close()
 
-    def close(self) -> None:
-        raise NotImplementedError
 
-
-class DecodeThreads(_Closing):
+class DecodeThreads(DecodeService):
     """Service by threads of this process."""
 
     ticket = 1
@@ -93,7 +83,7 @@ class _Ticket:
     begun: bool = False
 
     def begin(self) -> bool:
-        """Return whether it is to be prepared: nobody has cancelled it."""
+        """Mark it as begun, and return whether it is still wanted: not if it was cancelled."""
         self.begun = self.begun or self.future.set_running_or_notify_cancel()
         return self.begun
 
@@ -124,7 +114,7 @@ class _Ticket:
         return parts
 
 
-class DecodeProcesses(_Closing):
+class DecodeProcesses(DecodeService):
     """Service by worker processes, each served by a thread of this process.
 
     A worker that dies is replaced, and the items that it had are prepared again, each alone. An item that is alone at

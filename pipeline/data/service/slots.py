@@ -48,7 +48,7 @@ class Slots:
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> Slot:
-        """Return a slot of this size or a little more that nobody uses. Its bytes are arbitrary."""
+        """Return a free slot of at least this size. Its bytes are arbitrary."""
         size = -(-max(1, nbytes) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         with self._lock:
             if self._free[size]:
@@ -61,7 +61,7 @@ class Slots:
         return slot
 
     def give_back(self, slot: Slot) -> None:
-        """Let a slot be taken again. Nobody may read or write it any longer."""
+        """Return a slot to the free ones. It may not be read or written any longer."""
         with self._lock:
             heapq.heappush(self._free[slot.nbytes], slot)
 
