@@ -268,7 +268,7 @@ class StretchReader:
         return batch.slot
 
     def done(self, batch: Batch) -> None:
-        """Give back a batch's slot, which nobody reads any longer."""
+        """Give back a batch's slot, which is not read any longer."""
         if batch.slot is not None:
             self._slots.give_back(batch.slot)
 

@@ -146,8 +146,8 @@ class RowTally:
 
     def add_rows(self, ref: ChunkRef, rows: int) -> None:
         """Count rows of a chunk, and the chunks that were found finished."""
-        found = [self._found.popleft() for _ in range(len(self._found))]
-        self._count(found, Counter({ref.tower: rows}))
+        finished = [self._found.popleft() for _ in range(len(self._found))]
+        self._count(finished, Counter({ref.tower: rows}))
 
     def add(self, refs: Iterable[ChunkRef]) -> None:
         """Count all rows of chunks, of each chunk once."""

@@ -26,7 +26,7 @@ _NO_CROP = (np.nan,) * 5
 
 
 class Place(NamedTuple):
-    """Where one view of an image goes: a row of a slot. Without a slot only its crop is needed."""
+    """Place of one view of an image: a row of a slot. Without a slot only its crop is needed."""
 
     view: int
     slot: Slot | None

@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
 from itertools import chain
-from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,13 @@ from teacher_cache.pipeline.data.cores import decode_threads, loader_workers
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.data.images.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.data.service.pinned import Copied, CopyStream, pinned_for
-from teacher_cache.pipeline.data.service.service import IMAGES_PER_TICKET, DecodeProcesses, DecodeService, DecodeThreads
+from teacher_cache.pipeline.data.service.service import (
+    IMAGES_PER_TICKET,
+    DecodeProcesses,
+    DecodeService,
+    DecodeThreads,
+    when_all_done,
+)
 from teacher_cache.pipeline.data.service.slots import Slot, Slots
 from teacher_cache.storage.files.location import begun_ahead, results_ahead
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -55,19 +60,9 @@ class _Requested(NamedTuple):
 
     def leave(self, give_back: Callable[[Slot], None]) -> None:
         """Cancel it without a wait. Its slot is given back when the jobs that have begun are done."""
-        left, lock = len(self.jobs), Lock()
-
-        def ended(_: Future[list[Any]]) -> None:
-            nonlocal left
-            with lock:
-                left -= 1
-                last = left == 0
-            if last:
-                give_back(self.slot)
-
         for job in self.jobs:
             job.cancel()
-            job.add_done_callback(ended)
+        when_all_done(self.jobs, lambda: give_back(self.slot))
 
 
 class InputLoader:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -95,23 +95,32 @@ class _Ticket:
     def alone(self) -> list[_Ticket]:
         """Return a ticket for each item. When the last one has ended, this one ends: with the first error, if any."""
         parts = [_Ticket([item], deaths_alone=self.deaths_alone) for item in self.items]
-        left, lock = len(parts), threading.Lock()
 
-        def settle(_: Future[list[Any]]) -> None:
-            nonlocal left
-            with lock:
-                left -= 1
-                if left:
-                    return
+        def settle() -> None:
             errors = [CancelledError() if part.future.cancelled() else part.future.exception() for part in parts]
             if error := next(filter(None, errors), None):
                 self.future.set_exception(error)
             else:
                 self.future.set_result([result for part in parts for result in part.future.result()])
 
-        for part in parts:
-            part.future.add_done_callback(settle)
+        when_all_done([part.future for part in parts], settle)
         return parts
+
+
+def when_all_done(jobs: Sequence[Future[list[Any]]], call: Callable[[], None]) -> None:
+    """Call a function once when all jobs have ended, in the thread of the last one; at once if they have."""
+    remaining, lock = len(jobs), threading.Lock()
+
+    def ended(_: Future[list[Any]]) -> None:
+        nonlocal remaining
+        with lock:
+            remaining -= 1
+            is_last = remaining == 0
+        if is_last:
+            call()
+
+    for job in jobs:
+        job.add_done_callback(ended)
 
 
 class DecodeProcesses(DecodeService):

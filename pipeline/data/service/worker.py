@@ -28,7 +28,7 @@ _PILLOW_BLOCKS = 8
 
 
 class Prepare(Protocol):
-    """What a service does to its items. It is pickled once per worker; one worker calls it for one ticket at a time.
+    """Preparation of a service's items. It is pickled once per worker, which calls it for one ticket at a time.
 
     Attributes:
         modules: modules that it needs and a worker's parent imports once for all of them.
@@ -124,7 +124,7 @@ class Worker:
             self._process.kill()
 
     def end(self) -> str:
-        """Return how the process ended, and close the connection. Nobody may wait for its results.
+        """Return how the process ended, and close the connection. No thread may wait for its results.
 
         It is killed if it has not ended within a second: its end is seen here before it is over.
         """
