@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
 
@@ -257,6 +258,12 @@ def ended_process() -> ProcessName:
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
     return this_process().model_copy(update={"pid": process.pid})
+
+
+@pytest.fixture
+def own_fork_server() -> None:
+    """The fork server that an earlier test started ends: it has that test's environment and modules."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 @pytest.fixture

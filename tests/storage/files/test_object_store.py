@@ -10,7 +10,6 @@ import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -117,10 +116,10 @@ def test_a_forked_child_is_told_to_be_spawned(shaky: RemoteFiles) -> None:
     assert shaky.read("a") == b"x"
 
 
+@pytest.mark.usefixtures("own_fork_server")
 def test_workers_of_a_data_loader_read_files_that_were_opened_before(shaky: RemoteFiles) -> None:
     from torch.utils.data import DataLoader
 
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # it has the environment of an earlier test
     files = shaky
     for number in range(8):
         files.write(f"{number}", b"%d" % number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +86,7 @@ def test_zarr_reads_the_same_rows(s3_cache: str) -> None:
 
 
 @pytest.mark.timeout(180)  # a deadlock ends as a failure
+@pytest.mark.usefixtures("own_fork_server")
 @pytest.mark.parametrize("object_store", ["seaweedfs"], indirect=True)
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_workers_of_a_data_loader_get_the_same_rows(s3_cache: str, method: str) -> None:
@@ -94,7 +94,6 @@ def test_workers_of_a_data_loader_get_the_same_rows(s3_cache: str, method: str) 
     import torch
     from torch.utils.data import DataLoader
 
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # it has the environment of an earlier test
     reader = EmbeddingReader(s3_cache)
     reader.take("image", np.arange(10))
     reader.take("text", np.arange(5))

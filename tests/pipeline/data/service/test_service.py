@@ -60,6 +60,7 @@ def test_every_item_is_prepared_in_its_place(tmp_path: Path, slots: Slots, proce
         assert slots.take(ROWS * ROW).start == 0
 
 
+@pytest.mark.usefixtures("own_fork_server")
 def test_a_worker_imports_no_torch_and_keeps_the_memory_of_images(tmp_path: Path, slots: Slots) -> None:
     """Pillow maps and unmaps each image's memory else: a third of the time of small ones."""
     with DecodeProcesses(Write(tmp_path / "log"), slots, 1) as service:
