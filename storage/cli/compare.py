@@ -171,6 +171,7 @@ def _diff_answer(result: CacheDiff) -> str:
     numbers = {
         "added": result.images_added,
         "removed": result.images_removed,
+        "renamed": result.images_renamed,
         "changed": result.images_changed,
         "in another row": result.images_moved,
     }
@@ -190,6 +191,7 @@ def _named_images(result: CacheDiff) -> list[str]:
     return [
         *(f"  + {sample_id}" for sample_id in result.added[:_SHOWN]),
         *(f"  - {sample_id}" for sample_id in result.removed[:_SHOWN]),
+        *(f"  {before} -> {now}" for before, now in result.renamed[:_SHOWN]),
         *(f"  ~ {change.sample_id}: {', '.join(change.what)}" for change in result.changed[:_SHOWN]),
     ]
 

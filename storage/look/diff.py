@@ -1,15 +1,20 @@
-"""Two caches compared: identity field by field, images by sample_id, and how far the embeddings have moved."""
+"""Two caches compared: identity field by field, images by content, and how far the embeddings have moved.
+
+An image is the same if its bytes are, as for ``precompute --reuse``: a renamed one is matched, and a file with other
+bytes is matched by its sample_id only if neither cache has those bytes elsewhere. Memory: 64 bytes per image.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
@@ -18,11 +23,13 @@ from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.identity import NAMES_ONLY, CacheIdentity
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.manifest_file import read_manifest
-from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, long_texts, read_table
+from teacher_cache.storage.format.table_rows import TableRows
+from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.look.nearest import paired_scores, unit_rows
 from teacher_cache.storage.look.sampling import Progress, draw_rows, stage
 from teacher_cache.storage.look.stats import Distribution
 from teacher_cache.storage.read.caption_index import CaptionIndex
+from teacher_cache.storage.read.content_index import content_digests
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 _NAMED = 20
@@ -43,7 +50,7 @@ class FieldDifference(BaseModel, frozen=True):
 class RowChange(BaseModel, frozen=True):
     """An image of both caches that differs."""
 
-    sample_id: str
+    sample_id: str = Field(description="Name of the image in a.")
     row_a: int
     row_b: int
     what: tuple[str, ...] = Field(description="Parts that differ: content, split, captions.")
@@ -79,13 +86,15 @@ class CacheDiff(BaseModel, frozen=True):
     identity: tuple[FieldDifference, ...] = Field(description="Identity fields that differ.")
     names: tuple[FieldDifference, ...] = Field(description="Names of teacher and dataset that differ; not counted.")
     layout: tuple[FieldDifference, ...] = Field(description="Layout fields that differ, such as chunk shapes.")
-    images_added: int = Field(description="Images whose sample_id is in b only.")
-    images_removed: int = Field(description="Images whose sample_id is in a only.")
+    images_added: int = Field(description="Images in b only.")
+    images_removed: int = Field(description="Images in a only.")
+    images_renamed: int = Field(description="Images of both caches, with the same bytes and another sample_id.")
     images_changed: int
     images_moved: int = Field(description="Images of both caches with different rows.")
     images_in_one: int = Field(description="Images of both caches with an embedding of the view in only one.")
     added: tuple[str, ...] = Field(description="First sample_ids added.")
     removed: tuple[str, ...]
+    renamed: tuple[tuple[str, str], ...] = Field(description="First images renamed, by their sample_ids in a and b.")
     changed: tuple[RowChange, ...]
     images: Drift | None
     captions: Drift | None
@@ -140,11 +149,13 @@ def diff_caches(
         layout=layout,
         images_added=len(pair.added),
         images_removed=len(pair.removed),
+        images_renamed=len(pair.renamed),
         images_changed=len(pair.changed),
         images_moved=moved,
         images_in_one=rows.images_in_one,
         added=pair.b.ids(pair.added[:_NAMED]),
         removed=pair.a.ids(pair.removed[:_NAMED]),
+        renamed=pair.names_of(pair.renamed[:_NAMED]),
         changed=pair.named_changes(),
         images=rows.images,
         captions=rows.captions,
@@ -155,25 +166,45 @@ def diff_caches(
 
 
 class _Side:
-    """One of the two caches, with its tables."""
+    """One of the two caches, with a digest of each image's parts.
+
+    Attributes:
+        keys: (images,) S16 by part: sample_id, content_sha256, split and captions.
+    """
 
     def __init__(self, location: str) -> None:
         self.location = location
         files = open_files(location)
         self.manifest = read_manifest(files)
-        self.samples = read_table(files, self.manifest, SAMPLES, ["sample_id", "content_sha256", "split"])
-        self.captions = read_table(files, self.manifest, CAPTIONS, ["image_row", "text"])
-        owners = self.captions["image_row"].to_numpy()
-        self.index = CaptionIndex(self.manifest.layout.image_rows, [owners], f"{location}/{CAPTIONS}")
-
-    def rows_in(self, other: _Side) -> _Rows:
-        """Return, for each row, the other cache's row of the same sample_id; -1 if it has none."""
-        rows = pc.index_in(self.samples["sample_id"], value_set=other.samples["sample_id"].combine_chunks())
-        return np.asarray(pc.fill_null(rows, -1).to_numpy(zero_copy_only=False), np.int64)
+        columns = ["sample_id", "content_sha256", "split"]
+        self._samples = TableRows(files, self.manifest, SAMPLES, columns=columns)
+        parts = [[content_digests(part[name].to_pylist()) for name in columns] for part in self._samples.parts()]
+        self.keys = {
+            name: np.concatenate(blocks) for name, blocks in zip(columns, zip(*parts, strict=True), strict=True)
+        }
+        captions = TableRows(files, self.manifest, CAPTIONS, columns=["image_row", "text"])
+        owners = TableRows(files, self.manifest, CAPTIONS, columns=["image_row"]).parts()
+        self.index = CaptionIndex(
+            self.manifest.layout.image_rows, (part["image_row"].to_numpy() for part in owners), f"{location}/{CAPTIONS}"
+        )
+        self.keys["captions"] = _digests_of_images(captions, self.manifest.layout.image_rows)
 
     def ids(self, rows: _Rows) -> tuple[str, ...]:
         """Return the sample_ids of some rows."""
-        return tuple(self.samples["sample_id"].take(pa.array(rows)).to_pylist())
+        return tuple(self._samples.take(rows)["sample_id"].to_pylist())
+
+
+def _digests_of_images(captions: TableRows, images: int) -> NDArray[np.bytes_]:
+    """Return a digest over the texts of each image, in order; empty for an image without captions."""
+
+    def rows() -> Iterator[tuple[int, str]]:
+        for part in captions.parts():
+            yield from zip(part["image_row"].to_pylist(), part["text"].to_pylist(), strict=True)
+
+    digests = np.zeros(images, "S16")
+    for owner, group in groupby(rows(), itemgetter(0)):
+        digests[owner] = content_digests([json.dumps([text for _, text in group])])[0]
+    return digests
 
 
 class _Pair:
@@ -186,53 +217,82 @@ class _Pair:
 
     def __init__(self, a: str, b: str) -> None:
         self.a, self.b = _Side(a), _Side(b)
-        self.row_b = self.a.rows_in(self.b)
+        self.row_b = _rows_in_b(self.a.keys, self.b.keys)
         self.rows_a = np.flatnonzero(self.row_b >= 0)
         self.rows_b = self.row_b[self.rows_a]
-        self.added = np.setdiff1d(np.arange(self.b.samples.num_rows), self.rows_b)
+        self.added = np.setdiff1d(np.arange(self.b.manifest.layout.image_rows), self.rows_b)
         self.removed = np.flatnonzero(self.row_b < 0)
 
     @cached_property
     def changes(self) -> dict[str, NDArray[np.bool_]]:
         """Masks over the images in both caches: different content, split or captions."""
-        return {
-            "content": self._differ("content_sha256"),
-            "split": self._differ("split"),
-            "captions": self._captions_differ(),
-        }
+        parts = {"content": "content_sha256", "split": "split", "captions": "captions"}
+        return {part: self._differ(key) for part, key in parts.items()}
 
     @property
     def changed(self) -> _Rows:
         """Positions of the images that differ."""
         return np.flatnonzero(np.any(list(self.changes.values()), axis=0))
 
+    @cached_property
+    def renamed(self) -> _Rows:
+        """Positions of the images with another sample_id."""
+        return np.flatnonzero(self._differ("sample_id"))
+
+    def names_of(self, positions: _Rows) -> tuple[tuple[str, str], ...]:
+        """Return the sample_ids in both caches of some images in both."""
+        both = zip(self.a.ids(self.rows_a[positions]), self.b.ids(self.rows_b[positions]), strict=True)
+        return tuple(both)
+
     def named_changes(self) -> tuple[RowChange, ...]:
         """Return the first of the changed images."""
+        first = self.changed[:_NAMED]
         return tuple(
             RowChange(
-                sample_id=self.a.ids(self.rows_a[at : at + 1])[0],
+                sample_id=sample_id,
                 row_a=int(self.rows_a[at]),
                 row_b=int(self.rows_b[at]),
                 what=tuple(name for name, where in self.changes.items() if where[at]),
             )
-            for at in self.changed[:_NAMED]
+            for at, sample_id in zip(first, self.a.ids(self.rows_a[first]), strict=True)
         )
 
-    def _differ(self, column: str) -> NDArray[np.bool_]:
-        return _unequal(self.a.samples[column].take(self.rows_a), self.b.samples[column].take(self.rows_b))
-
-    def _captions_differ(self) -> NDArray[np.bool_]:
-        differ: NDArray[np.bool_] = self.a.index.counts(self.rows_a) != self.b.index.counts(self.rows_b)
-        alike = np.flatnonzero(~differ)  # equal numbers of captions
-        text_a, place = self.a.index.captions_of(self.rows_a[alike])
-        text_b, _ = self.b.index.captions_of(self.rows_b[alike])
-        texts_a, texts_b = (long_texts(side.captions["text"]) for side in (self.a, self.b))
-        differ[alike[place[_unequal(texts_a.take(text_a), texts_b.take(text_b))]]] = True
-        return differ
+    def _differ(self, key: str) -> NDArray[np.bool_]:
+        return np.asarray(self.a.keys[key][self.rows_a] != self.b.keys[key][self.rows_b])
 
 
-def _unequal(a: pa.ChunkedArray, b: pa.ChunkedArray) -> NDArray[np.bool_]:
-    return np.asarray(~np.asarray(pc.equal(a, b).to_numpy(zero_copy_only=False), bool))
+def _rows_in_b(a: dict[str, NDArray[np.bytes_]], b: dict[str, NDArray[np.bytes_]]) -> _Rows:
+    """Return, for each row of a, its row in b: of the same name and content, else content, else name; -1 for none.
+
+    Each row of b is that of at most one row of a.
+    """
+    rows = np.full(len(a["split"]), -1, np.int64)
+    for names in (["content_sha256", "sample_id"], ["content_sha256"], ["sample_id"]):
+        left_a, left_b = np.flatnonzero(rows < 0), np.setdiff1d(np.arange(len(b["split"])), rows)
+        at_a, at_b = _matches(*(_joined(keys, names, left) for keys, left in ((a, left_a), (b, left_b))))
+        rows[left_a[at_a]] = left_b[at_b]
+    return rows
+
+
+def _joined(keys: dict[str, NDArray[np.bytes_]], names: list[str], rows: _Rows) -> NDArray[np.bytes_]:
+    digests = (keys[name][rows].view(np.uint64) for name in names)
+    return np.bitwise_xor.reduce(list(digests)).view("S16")
+
+
+def _matches(a: NDArray[np.bytes_], b: NDArray[np.bytes_]) -> tuple[_Rows, _Rows]:
+    """Return the positions of equal values in both, one to one: the n-th of several equal ones is that of the n-th."""
+    codes = np.unique(np.concatenate([a, b]), return_inverse=True)[1]
+    keys = [part * len(codes) + _earlier_equals(part) for part in np.split(codes, [len(a)])]
+    _, at_a, at_b = np.intersect1d(*keys, assume_unique=True, return_indices=True)
+    return at_a, at_b
+
+
+def _earlier_equals(values: _Rows) -> _Rows:
+    """Return, for each value, how many equal ones come before it."""
+    order = np.argsort(values, kind="stable")
+    numbers = np.empty(len(values), np.int64)
+    numbers[order] = np.arange(len(values)) - np.searchsorted(values[order], values[order])
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -265,7 +325,7 @@ def _compare(pair: _Pair, view: int, most: int, seed: int, progress: Progress | 
     in_one = int((has_a != has_b).sum())
     usable = ~pair.changes["content"] & has_a & has_b
     if not usable.any():
-        reason = f"no image of the same sample_id and bytes has an embedding of view {view} in both"
+        reason = f"no image of the same bytes has an embedding of view {view} in both"
         return _Compared(images_in_one=in_one, other_chunks=other_chunks, reason=reason)
     same = pair.rows_a[usable]
     drawn = draw_rows(same, pair.a.manifest.layout.image_chunk_rows, most, seed)

@@ -103,13 +103,13 @@ class _Keys:
     """Rows by a digest of their content: that of equal contents is the first one."""
 
     def __init__(self, contents: Iterable[str]) -> None:
-        keys = _digests(contents)
+        keys = content_digests(contents)
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
 
     def rows(self, contents: Sequence[str]) -> NDArray[np.int64]:
         """Return the row of each content, -1 for none."""
-        digests = _digests(contents)
+        digests = content_digests(contents)
         at = np.searchsorted(self._keys, digests)
         rows = np.full(len(digests), -1, np.int64)
         held = np.flatnonzero(at < len(self._keys))
@@ -128,8 +128,8 @@ def _pair(image_row: int, text: str) -> str:
     return f"{image_row} {text}"
 
 
-def _digests(contents: Iterable[str]) -> NDArray[np.bytes_]:
-    """Return one key of 16 bytes for each content."""
+def content_digests(contents: Iterable[str]) -> NDArray[np.bytes_]:
+    """Return one key of 16 bytes for each content, (contents,) S16."""
     encoded = (content.encode("utf-8", "surrogatepass") for content in contents)
     joined = b"".join(hashlib.blake2b(content, digest_size=_KEY_BYTES).digest() for content in encoded)
     return np.frombuffer(joined, f"S{_KEY_BYTES}")

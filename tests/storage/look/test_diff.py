@@ -114,7 +114,7 @@ def test_a_cache_is_the_same_as_its_copy_in_another_place(tmp_path: Path) -> Non
     assert done.stdout.splitlines()[0] == f"{a} -> {b}: the same"
 
 
-def test_images_are_matched_by_sample_id(tmp_path: Path) -> None:
+def test_images_are_matched_by_content_and_then_by_name(tmp_path: Path) -> None:
     """One removed, one added, one with other bytes, one in another split, one with another caption; all moved."""
     changed = list(BASE)
     changed[2] = BASE[2]._replace(content="other bytes")
@@ -144,6 +144,44 @@ def test_images_are_matched_by_sample_id(tmp_path: Path) -> None:
         "dataset.samples_sha256",
     }
     assert not found.same
+
+
+def test_renamed_images_are_the_same(tmp_path: Path) -> None:
+    """A moved folder, two pictures that swapped names, and equal pictures: each is matched with one of its bytes."""
+    before = [*BASE, *(Picture(f"twin{number}", "twin", (f"twin {number}",)) for number in range(3))]
+    after = [picture._replace(sample_id=f"new/{picture.sample_id}") for picture in before]
+    after[0], after[1] = before[0]._replace(content="c1"), before[1]._replace(content="c0")
+    after[4] = after[4]._replace(content="other bytes")
+    a, b = make(tmp_path / "a", before), make(tmp_path / "b", after)
+    found = diff_caches(a, b)
+    assert (found.images_renamed, found.images_added, found.images_removed) == (14, 1, 1)
+    assert found.renamed[:3] == (("p0", "p1"), ("p1", "p0"), ("p2", "new/p2"))
+    assert found.renamed[-1] == ("twin2", "new/twin2")
+    # the swapped pictures kept the captions of their names
+    assert [(change.sample_id, change.what) for change in found.changed] == [
+        ("p0", ("captions",)),
+        ("p1", ("captions",)),
+    ]
+    assert found.images is not None
+    assert (found.images.compared, found.images.equal) == (14, 14)
+    shown = run.invoke(app, ["diff", a, b]).stdout.splitlines()
+    counts = "1 image added, 1 image removed, 14 images renamed, 2 images changed, 2 images in another row"
+    assert shown[0].startswith(f"{a} -> {b}: {counts}; ")
+    assert "  p2 -> new/p2" in shown
+
+
+def test_tables_of_large_caches_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher_cache.storage.format.tables.ROWS_PER_GROUP", 8)
+    texts = [f"{number} " * 1000 for number in range(200)]
+    a = make(tmp_path / "a", [Picture(f"p{number}", f"c{number}", (text,)) for number, text in enumerate(texts)])
+    pool = pa.default_memory_pool()
+    counted = pa.proxy_memory_pool(pool)
+    pa.set_memory_pool(counted)
+    try:
+        assert diff_caches(a, a).same
+    finally:
+        pa.set_memory_pool(pool)
+    assert counted.max_memory() < sum(map(len, texts)) / 2
 
 
 def test_drift_is_the_cosine_of_the_two_rows(tmp_path: Path) -> None:
@@ -206,7 +244,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     assert part.not_compared is not None
     assert "0 of 10 chunks are there. Run the same precompute command again" in part.not_compared
     empty = make(tmp_path / "empty", BASE, lost=tuple(range(12)))
-    none = "no image of the same sample_id and bytes has an embedding of view 0 in both"
+    none = "no image of the same bytes has an embedding of view 0 in both"
     assert diff_caches(empty, empty).not_compared == none
     # planned and made are not the same cache, though they are of the same
     make_known_cache(tmp_path / "made")
