@@ -36,7 +36,8 @@ from teacher_cache.storage.check.verify import IntegrityReport
 from teacher_cache.storage.errors import CacheError, CacheMismatchError
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.tables import CAPTIONS
+from teacher_cache.storage.format.table_rows import TableRows
+from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -157,8 +158,7 @@ class ProvableRows:
     """Rows of view 0 to prove, with the teacher's input for each.
 
     Args:
-        samples: samples table.
-        captions: reads rows of the captions table.
+        samples, captions: read rows of these tables.
         stored: reads embeddings, (rows, dim), by tower, rows and views.
 
     Attributes:
@@ -169,7 +169,7 @@ class ProvableRows:
 
     def __init__(
         self,
-        samples: pa.Table,
+        samples: Callable[[NDArray[np.int64]], pa.Table],
         captions: Callable[[NDArray[np.int64]], pa.Table],
         stored: Callable[[Tower, NDArray[np.int64], NDArray[np.int64]], NDArray[Any]],
     ) -> None:
@@ -177,7 +177,7 @@ class ProvableRows:
 
     def sample(self, row: int) -> dict[str, Any]:
         """Return a row of the samples table."""
-        sample: dict[str, Any] = self._samples.slice(row, 1).to_pylist()[0]
+        sample: dict[str, Any] = self._samples(np.array([row])).to_pylist()[0]
         return sample
 
     def captions(self, rows: NDArray[np.int64]) -> list[tuple[str, str]]:
@@ -194,7 +194,8 @@ class _CacheRows(ProvableRows):
     """Rows of all views of a finished cache."""
 
     def __init__(self, reader: EmbeddingReader) -> None:
-        super().__init__(reader.samples, lambda rows: reader.table_rows(CAPTIONS, rows), reader.take)
+        samples, captions = (TableRows(reader.files, reader.manifest, name) for name in (SAMPLES, CAPTIONS))
+        super().__init__(samples.take, captions.take, reader.take)
         self._reader = reader
         self.quarantined = {
             (row, view): record for view in range(reader.views) for row, record in reader.quarantined_in(view).items()

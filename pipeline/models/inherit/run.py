@@ -41,7 +41,8 @@ from teacher_cache.pipeline.settings.names import TRANSFORMERS
 from teacher_cache.pipeline.settings.student import InheritConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
-from teacher_cache.storage.format.tables import long_texts
+from teacher_cache.storage.format.table_rows import TableRows
+from teacher_cache.storage.format.tables import CAPTIONS
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 _TEXTS_AT_ONCE = 1024
@@ -92,10 +93,16 @@ def inherit(config: InheritConfig, progress: Callable[[str, int, int], None] | N
     counts, digest = None, None
     if config.cache is not None:
         reader = EmbeddingReader(config.cache)
-        rows, _ = reader.caption_rows(reader.image_rows(learned_split(config, reader.identity.dataset.splits)))
-        texts = long_texts(reader.captions["text"]).take(rows).to_pylist()
+        captions = TableRows(reader.files, reader.manifest, CAPTIONS, columns=["text"])
+        images = reader.row_set(learned_split(config, reader.identity.dataset.splits))
         vocab_size = int(architecture["text_cfg"].get("vocab_size", 49408))
-        counts = token_counts(texts, student_tokenizer(architecture), vocab_size, progress)
+        tokenizer, counts, done = student_tokenizer(architecture), torch.zeros(vocab_size, dtype=torch.int64), 0
+        for rows in images.parts():
+            texts = captions.take(reader.caption_rows(rows)[0])["text"].to_pylist()
+            counts += token_counts(texts, tokenizer, vocab_size)
+            done += len(rows)
+            if progress is not None:
+                progress("captions of images", done, len(images))
         digest = reader.manifest.digest
     parts = inherit_weights(student, teacher, config.text_layers, config.image_layers, trunk, counts)
     if all(part.random for part in parts):
@@ -153,9 +160,7 @@ def inherit_weights(
     return [*image, *text, inherit_scale(student.model, teacher.model)]
 
 
-def token_counts(
-    texts: list[str], tokenizer: Any, vocab_size: int, progress: Callable[[str, int, int], None] | None = None
-) -> Tensor:
+def token_counts(texts: list[str], tokenizer: Any, vocab_size: int) -> Tensor:
     """Count each token in captions, up to and including the end-of-text token: (vocab_size,) int64."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
@@ -163,6 +168,4 @@ def token_counts(
         # the end-of-text token has the highest id; padding follows it
         inside = torch.arange(tokens.shape[1]) <= tokens.argmax(1, keepdim=True)
         counts += torch.bincount(tokens[inside], minlength=vocab_size)
-        if progress is not None:
-            progress("captions", min(start + _TEXTS_AT_ONCE, len(texts)), len(texts))
     return counts

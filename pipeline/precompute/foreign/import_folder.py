@@ -187,10 +187,9 @@ def _prove(
     Raises:
         CacheMismatchError: a row differs from the teacher's, no sampled image can be decoded, or an image changed.
     """
-    captions = planned.tables[CAPTIONS]
     rows = ProvableRows(
-        planned.tables[SAMPLES],
-        lambda numbers: captions.take(pa.array(numbers)),
+        lambda numbers: planned.tables[SAMPLES].take(pa.array(numbers)),
+        lambda numbers: planned.tables[CAPTIONS].take(pa.array(numbers)),
         lambda tower, numbers, _: known.of(tower, numbers)[1],
     )
     # undecodable images are quarantined later, when their chunk is written
