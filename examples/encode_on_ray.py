@@ -50,7 +50,7 @@ def precompute_on_ray(config: PrecomputeConfig, workers: int = 2) -> dict[str, A
     by_process: dict[int, int] = {}
     for each in done:
         by_process[each["process"]] = by_process.get(each["process"], 0) + each["chunks"]
-    result = seal_and_summarize(config.cache, sum(by_process.values()), 0.0, config.reuse)
+    result = seal_and_summarize(config.cache, sum(by_process.values()), 0.0, config.reuse, pending)
     return {"images": result.images, "chunks": result.chunks, "by_process": by_process}
 
 

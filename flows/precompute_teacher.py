@@ -57,7 +57,7 @@ def precompute_teacher(*, report: ReportPage = True, **settings: Any) -> dict[st
                 encoded = fan_out(config, pending, progress)
             elif pending:
                 encoded = encode_here(config, pending, progress)
-        result = seal(config.cache, encoded, time.perf_counter() - started, config.reuse)
+        result = seal(config.cache, encoded, time.perf_counter() - started, config.reuse, pending)
         LoggedProgress(get_run_logger(), progress).end(f"finished, {encoded:,} chunks encoded by this run")
     create_table_artifact(summary_table(result), key=ARTIFACT, description=f"`{result.cache}`")
     describe(result, report, hints)
@@ -133,11 +133,13 @@ def _chunks_by_stage(refs: Iterable[ChunkRef]) -> Counter[str]:
 
 
 @task(name="seal", task_run_name="seal", **TRIED_AGAIN)
-def seal(cache: str, chunks_encoded: int, seconds: float, reuse: str | None) -> PrecomputeResult:
+def seal(
+    cache: str, chunks_encoded: int, seconds: float, reuse: str | None, pending: Sequence[ChunkRef]
+) -> PrecomputeResult:
     """Seal the finished cache, log its first problems, and return its summary."""
     from teacher_cache.pipeline.precompute.run import seal_and_summarize
 
-    result = seal_and_summarize(cache, chunks_encoded, seconds, reuse)
+    result = seal_and_summarize(cache, chunks_encoded, seconds, reuse, pending)
     log_problems(result)
     get_run_logger().info(f"{cache}: {result.images:,} images, {result.captions:,} captions by {result.teacher}")
     return result

@@ -106,7 +106,8 @@ class Forecast(BaseModel, frozen=True):
     )
     encode_seconds: float = Field(description="Seconds to encode the remaining rows, by one process.")
     online_epoch_seconds: float = Field(
-        description="Seconds of the teacher per epoch of training without a cache: every image, one caption each."
+        description="Seconds of the teacher per epoch of training without a cache: every image, and one caption of "
+        "each image with captions."
     )
     epochs_to_pay: int | None = Field(
         description="Number of epochs, over all students, from which the cache is cheaper."
@@ -163,7 +164,8 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
     if check is None:
         check = 0.0 if settings.goes_on else read.seconds_per_image * len(listed.samples)
     encode = to_encode["image"] * image.seconds_per_row + to_encode["text"] * text.seconds_per_row
-    online = len(listed.samples) * (image.teacher_seconds_per_row + text.teacher_seconds_per_row)
+    captioned = sum(1 for sample in listed.samples if sample.captions)
+    online = len(listed.samples) * image.teacher_seconds_per_row + captioned * text.teacher_seconds_per_row
     return Forecast(
         cache=config.cache,
         dataset=str(spec),

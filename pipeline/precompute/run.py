@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
@@ -13,7 +14,7 @@ from teacher_cache.pipeline.precompute.plan import Progress
 from teacher_cache.pipeline.precompute.reuse import count_known, known_rows
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.commits import all_chunks, quarantined_rows
+from teacher_cache.storage.format.commits import ChunkRef, quarantined_rows
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.look.info import all_problems, encode_rates
 from teacher_cache.storage.observe.telemetry import observed
@@ -40,7 +41,7 @@ class PrecomputeResult(BaseModel, frozen=True):
     chunks: int
     chunks_encoded: int = Field(description="Chunks encoded by this run.")
     rows_reused: dict[Tower, int] = Field(
-        description="Rows of view 0 and captions also in the reused cache, by tower. 0 if this run encoded nothing."
+        description="Rows copied from the reused cache since this run began, by tower. Each view of an image is a row."
     )
     quarantined: int = Field(description="Images without an embedding in some view, each counted once.")
     lost_images: int = Field(description="Images of the dataset without a row.")
@@ -76,15 +77,18 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
         with open_executor(config) as executor:
             pending = executor.plan(config, progress)
             encoded = executor.encode(config, pending, progress)
-        return seal_and_summarize(config.cache, encoded, time.perf_counter() - started, config.reuse)
+        return seal_and_summarize(config.cache, encoded, time.perf_counter() - started, config.reuse, pending)
 
 
-def seal_and_summarize(cache: str, chunks_encoded: int, seconds: float, reuse: str | None = None) -> PrecomputeResult:
+def seal_and_summarize(
+    cache: str, chunks_encoded: int, seconds: float, reuse: str | None = None, pending: Sequence[ChunkRef] = ()
+) -> PrecomputeResult:
     """Seal a finished cache and return its content.
 
     Args:
         chunks_encoded, seconds: work and time of this run.
         reuse: cache that rows were copied from.
+        pending: chunks that were missing when this run began.
 
     Raises:
         CacheIncompleteError: chunks are missing.
@@ -108,7 +112,7 @@ def seal_and_summarize(cache: str, chunks_encoded: int, seconds: float, reuse: s
         splits=manifest.identity.dataset.splits,
         chunks=manifest.layout.num_chunks,
         chunks_encoded=chunks_encoded,
-        rows_reused=_rows_reused(reuse if chunks_encoded else None, writer),
+        rows_reused=_rows_reused(reuse if pending else None, writer, pending),
         quarantined=len(quarantined),
         lost_images=manifest.lost_images,
         problems=dict(sorted(Counter(problem.kind for problem in met).items())),
@@ -119,9 +123,7 @@ def seal_and_summarize(cache: str, chunks_encoded: int, seconds: float, reuse: s
     )
 
 
-def _rows_reused(reuse: str | None, writer: EmbeddingWriter) -> dict[Tower, int]:
-    """Count the rows of view 0 and the captions that the cache ``reuse`` has too."""
-    known, layout = known_rows(reuse, writer), writer.manifest.layout
-    if known is None:
-        return {"image": 0, "text": 0}
-    return count_known(known, layout, (ref for ref in all_chunks(layout) if ref.view == 0))
+def _rows_reused(reuse: str | None, writer: EmbeddingWriter, refs: Sequence[ChunkRef]) -> dict[Tower, int]:
+    """Count the rows of some chunks that the cache ``reuse`` has too."""
+    known = known_rows(reuse, writer)
+    return {"image": 0, "text": 0} if known is None else count_known(known, writer.manifest.layout, refs)

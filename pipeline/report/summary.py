@@ -9,8 +9,9 @@ from teacher_cache.pipeline.deploy.table import StudentTable
 from teacher_cache.pipeline.evaluate.intervals import Interval
 from teacher_cache.pipeline.evaluate.learned import learned_words
 from teacher_cache.pipeline.evaluate.recall import chance_recall, mean_recall
+from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 from teacher_cache.pipeline.report.charts import newest_evaluations
-from teacher_cache.pipeline.report.data import ReportData
+from teacher_cache.pipeline.report.data import ReportData, RunReport
 from teacher_cache.storage.cli.info import encoding_cost, remaining_time
 from teacher_cache.storage.look.info import CacheInfo
 from teacher_cache.storage.observe.quantities import byte_size, counted
@@ -32,6 +33,7 @@ class _Kept(NamedTuple):
     recall: float
     share: float
     interval: Interval | None
+    elsewhere: str
 
     @property
     def on(self) -> str:
@@ -58,6 +60,8 @@ def verdict(data: ReportData) -> str:
         text += f". {learned_words(best.learned_images, 'these images', 'It')}, which flatters it"
     elif best.chosen_on == best.split:
         text += ". Its checkpoint was chosen on these images, so this is no test result"
+    if best.elsewhere:
+        text += f". It {best.elsewhere}, not this cache"
     return f"{text}."
 
 
@@ -127,6 +131,7 @@ def _students(data: ReportData) -> list[_Kept]:
             mean_recall(item.student),
             item.retention["mean"],
             item.retention_intervals.mean if item.retention_intervals else None,
+            _elsewhere(run, item, digest),
         )
         for run in data.runs
         for item in newest_evaluations(run, digest)
@@ -144,11 +149,19 @@ def _students(data: ReportData) -> list[_Kept]:
             row.mean_recall,
             row.retention.mean.share,
             row.retention.mean.interval,
+            "",
         )
         for table in data.deployments
         for row in table.rows[1:2]
         if table.cache_manifest_digest == digest and row.retention and row.retention.mean.share is not None
     ]
+
+
+def _elsewhere(run: RunReport, result: EvaluateResult, digest: str) -> str:
+    """Return from which other cache a run learned, and on which it was measured; empty for the report's cache."""
+    learned = "" if run.same_cache else f"learned from {run.record.config.cache}"
+    measured = "" if result.cache_manifest_digest == digest else f"was measured on {result.cache}"
+    return " and ".join(filter(None, (learned, measured)))
 
 
 def _best(students: list[_Kept]) -> _Kept:

@@ -92,6 +92,8 @@ def test_prompts_of_labelled_images_are_measured_though_one_image_has_them_all(c
     assert found.text.seconds_per_row > 0
     expected = 30 * found.image.seconds_per_row + 18 * found.text.seconds_per_row
     assert found.encode_seconds == pytest.approx(expected)
+    online = 30 * found.image.teacher_seconds_per_row + found.text.teacher_seconds_per_row
+    assert found.online_epoch_seconds == pytest.approx(online)
 
 
 def said_by_both(settings: PrecomputeConfig) -> str:

@@ -292,7 +292,10 @@ def test_broken_off_it_goes_on_to_the_same_bytes(home: Path, tmp_path: Path, mon
     with pytest.raises(OSError, match="no space left"):
         precompute(asked)
     monkeypatch.undo()
+    planned = forecast(asked, probe=4).rows_reused
     again = precompute(asked)
+    assert again.rows_reused == planned
+    assert 0 < sum(planned.values()) < sum(whole.rows_reused.values())  # earlier tries copied the others
     assert 0 < again.chunks_encoded < again.chunks
     assert again.manifest_digest == whole.manifest_digest
 

@@ -240,6 +240,13 @@ def _only_learned(data: ReportData) -> dict[str, Any]:
     return {"runs": _learned(data)["runs"][:1], "deployments": ()}
 
 
+def _of_another_cache(data: ReportData) -> dict[str, Any]:
+    """Measured on a cache of the same data, and trained on yet another."""
+    run = data.runs[1]
+    evaluations = tuple(item.model_copy(update={"cache_manifest_digest": "2" * 64}) for item in run.evaluations)
+    return {"runs": (run.model_copy(update={"evaluations": evaluations}),), "deployments": ()}
+
+
 def test_a_student_that_learned_from_the_images_says_so() -> None:
     data = report_data()
     assert render_report(report_data(**_learned(data))).count("; the student learned from 3 of them") == 2
@@ -251,7 +258,13 @@ def test_a_student_that_learned_from_the_images_says_so() -> None:
         (lambda data: {}, f"{_KEEPS}{_FASTER}."),
         (
             _learned,
-            f"smaller (1,952,477 parameters), the best of 2 students, keeps 75 % (71 to 79){_ON_TEST}.",
+            f"smaller (1,952,477 parameters), the best of 2 students, keeps 75 % (71 to 79){_ON_TEST}. It learned "
+            "from made-up.cache, not this cache.",
+        ),
+        (
+            _of_another_cache,
+            f"smaller (1,952,477 parameters) keeps 75 % (71 to 79){_ON_TEST}. It learned from made-up.cache and was "
+            "measured on made-up.cache, not this cache.",
         ),
         (
             _only_learned,
