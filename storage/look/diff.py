@@ -275,15 +275,15 @@ def _rows_in_b(a: dict[str, NDArray[np.bytes_]], b: dict[str, NDArray[np.bytes_]
 
 
 def _joined(keys: dict[str, NDArray[np.bytes_]], names: list[str], rows: _Rows) -> NDArray[np.bytes_]:
-    digests = (keys[name][rows].view(np.uint64) for name in names)
-    return np.bitwise_xor.reduce(list(digests)).view("S16")
+    digests = [keys[name][rows].view(np.uint64) for name in names]
+    return np.asarray(np.bitwise_xor.reduce(digests).view("S16"))
 
 
 def _matches(a: NDArray[np.bytes_], b: NDArray[np.bytes_]) -> tuple[_Rows, _Rows]:
     """Return the positions of equal values in both, one to one: the n-th of several equal ones is that of the n-th."""
     codes = np.unique(np.concatenate([a, b]), return_inverse=True)[1]
-    keys = [part * len(codes) + _earlier_equals(part) for part in np.split(codes, [len(a)])]
-    _, at_a, at_b = np.intersect1d(*keys, assume_unique=True, return_indices=True)
+    keys_a, keys_b = (part * len(codes) + _earlier_equals(part) for part in np.split(codes, [len(a)]))
+    _, at_a, at_b = np.intersect1d(keys_a, keys_b, assume_unique=True, return_indices=True)
     return at_a, at_b
 
 
