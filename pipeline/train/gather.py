@@ -1,4 +1,4 @@
-"""All-gather of features, so that every rank computes the loss of the joined batch."""
+"""What ranks tell each other: features, so that each computes the loss of the joined batch, and when to stop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from teacher_cache.pipeline.models.device import mark
 
 
 def gather_features(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -40,6 +42,29 @@ def gather_features(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     gathered = _Gather.apply(*tensors)
     return tuple(gathered)
+
+
+class StopVote:
+    """Vote of all ranks on the step behind which they stop. A GPU's host does not wait for its latest step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def __call__(self, stop: bool) -> bool:
+        """Cast this rank's vote, and return whether any rank voted to stop in the last call.
+
+        All ranks call it equally often, and get the same answer.
+        """
+        vote = torch.full((1,), float(stop), device=self._device)
+        dist.all_reduce(vote, dist.ReduceOp.MAX)
+        last, self._last = self._last, (vote.to("cpu", non_blocking=True), mark(self._device))
+        if last is None:
+            return False
+        votes, counted = last
+        if counted is not None:
+            counted.synchronize()
+        return bool(votes)
 
 
 class _Gather(torch.autograd.Function):

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -22,6 +23,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from teacher_cache.pipeline.models.device import deterministic_kernels, keep_freed_memory, resolve_device
 from teacher_cache.pipeline.settings.train import TrainConfig
+from teacher_cache.pipeline.train.stop_signals import StopRequests, interrupt
 from teacher_cache.storage.errors import CacheError, UsageError
 from teacher_cache.storage.observe.telemetry import observed
 
@@ -140,7 +142,7 @@ def _spawn(
     errors: list[BaseException] = []
     before = set(multiprocessing.active_children())
     failed: BaseException | None = None
-    with _relayed(receivers, senders, progress, errors), _own_environment():
+    with StopRequests() as stop, _relayed(receivers, senders, progress, errors, stop), _own_environment():
         try:
             fabric.launch(_rank, senders, config, work, args)
         except ProcessRaisedException as error:
@@ -150,7 +152,7 @@ def _spawn(
                 f"rank {error.error_index} was ended by {error.signal_name or f'exit code {error.exit_code}'}; SIGKILL "
                 "is most often want of memory. Go on by --resume"
             )
-        except BaseException:  # Ctrl-C: the ranks would go on
+        except BaseException:  # a second Ctrl-C: the ranks would go on
             for child in set(multiprocessing.active_children()) - before:
                 child.terminate()
             raise
@@ -160,6 +162,8 @@ def _spawn(
 
 def _rank(fabric: Fabric, senders: list[Connection], config: TrainConfig, work: Callable[..., None], args: Any) -> None:
     sender = senders[fabric.global_rank]
+    signal.signal(signal.SIGTERM, interrupt)
+    sender.send(("pid", os.getpid()))
     report = (lambda at: sender.send(("progress", at))) if fabric.global_rank == 0 else None
     try:
         _work_on_rank(fabric, config, report, work, args)
@@ -167,14 +171,20 @@ def _rank(fabric: Fabric, senders: list[Connection], config: TrainConfig, work: 
         if isinstance(error, _ERRORS):
             sender.send(("error", (type(error), str(error))))
         raise
+    except KeyboardInterrupt:
+        raise SystemExit(1) from None  # torch would take the rank for finished
 
 
 @contextlib.contextmanager
 def _relayed(
-    receivers: list[Connection], senders: list[Connection], progress: Progress | None, errors: list[BaseException]
+    receivers: list[Connection],
+    senders: list[Connection],
+    progress: Progress | None,
+    errors: list[BaseException],
+    stop: StopRequests,
 ) -> Iterator[None]:
-    """Relay the messages of the ranks during the block; the last ones when it ends."""
-    over = threading.Event()
+    """Relay the messages of the ranks during the block, the last ones when it ends, and to them a request to stop."""
+    over, pids = threading.Event(), list[int]()
 
     def read() -> None:
         while True:
@@ -182,11 +192,17 @@ def _relayed(
             ready: list[Any] = wait(receivers, timeout=0 if last else 0.1)
             for receiver in ready:
                 kind, value = receiver.recv()
-                if kind == "error":
+                if kind == "pid":
+                    pids.append(value)
+                elif kind == "error":
                     error, text = value
                     errors.append(error(text))
                 elif progress is not None:
                     progress(value)
+            if stop.request is not None and len(pids) == len(receivers):
+                while pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pids.pop(), signal.SIGTERM)
             if last and not ready:
                 return
 

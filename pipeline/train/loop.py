@@ -29,6 +29,7 @@ from teacher_cache.pipeline.models.run_record import RunRecord, Selection
 from teacher_cache.pipeline.models.student import Student, student_tokenizer
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.checkpoints import ResumePoint, RunWriter, TrainState, load_resume_point
+from teacher_cache.pipeline.train.gather import StopVote
 from teacher_cache.pipeline.train.launch import launch, launched_rank
 from teacher_cache.pipeline.train.log.step_log import EpochMeter, EpochSums
 from teacher_cache.pipeline.train.log.step_values import LateValues
@@ -98,8 +99,9 @@ def train(
 
     With one view in the cache the student sees the evaluation crop, as the teacher did. With several it replays the
     stored crops of each image in turn. A killed run resumes from its last checkpoint, with the same losses as an
-    unbroken run: to the last bit on a CPU, to rounding on a GPU. On one device a SIGTERM or SIGINT takes effect after
-    the current step is saved; a second one takes effect at once (``teacher_cache.pipeline.train.stop_signals``).
+    unbroken run: to the last bit on a CPU, to rounding on a GPU. A SIGTERM or SIGINT takes effect after the current
+    step is saved, or the next one if several devices agree on it; a second one takes effect at once
+    (``teacher_cache.pipeline.train.stop_signals``).
 
     Args:
         resume: resume the run in ``config.out``; a finished run is not changed.
@@ -238,6 +240,9 @@ class _Trainer:
         self._step = TrainStep(config, fabric, self._model, student, optimizer, teacher, self._total_steps, queue)
         self._late: LateValues | None = None
         self._writer = None
+        several = fabric.world_size > 1
+        # ranks that ended behind different steps would wait for each other
+        self._all_stop = StopRequests(self._save_all, several, StopVote(fabric.device) if several else None)
         if fabric.global_rank == 0:
             tracked = TrackedRun(run.path, run.tracker_id(), self._state.point.step, record.facts())
             trackers = Trackers(config.report_to, tracked)
@@ -247,7 +252,10 @@ class _Trainer:
         """Train to the end of the last epoch."""
         point, epochs = self._state.point, self._config.epochs
         try:
-            with closing(self._loader.epochs(range(point.epoch, epochs), point.sums.steps)) as self._batches:
+            with (
+                self._all_stop,
+                closing(self._loader.epochs(range(point.epoch, epochs), point.sums.steps)) as self._batches,
+            ):
                 while point.epoch < epochs:
                     self._epoch()
         finally:
@@ -259,7 +267,7 @@ class _Trainer:
         epoch, one_device = self._state.point.epoch, self._fabric.world_size == 1
         self._model.train()
         with StopRequests(self._save_step, active=one_device) as stop:
-            self._steps(stop)
+            self._steps(stop if one_device else self._all_stop)
             if not self._measures(epoch):
                 self._finish_epoch(epoch, None)
                 return
@@ -315,6 +323,10 @@ class _Trainer:
         self._read_late()  # a step that is not finite is never saved
         if self._writer is not None:
             self._writer.save_step()
+
+    def _save_all(self) -> None:
+        self._save_step()
+        self._fabric.barrier()  # a rank that has ended may end the others
 
     def _finish_epoch(self, epoch: int, selection: Selection | None) -> None:
         point = self._state.point

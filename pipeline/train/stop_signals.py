@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any, NoReturn, Self, TypeVar
 
 _Item = TypeVar("_Item")
+Vote = Callable[[bool], bool]
 
 # timeout(1) sends its signal twice, to the command and to its whole group
 _ONE_REQUEST_SECONDS = 0.5
@@ -30,14 +31,16 @@ class StopRequests:
     Args:
         save: called before a delayed signal takes effect, between two steps.
         active: whether to delay signals.
+        vote: one of several processes that stop behind the same step calls it behind each of them: with whether it was
+            asked to stop, and gets whether all stop now. A signal then acts there, or at the end of the block.
 
     Attributes:
         request: the delayed signal, or None.
     """
 
-    def __init__(self, save: Callable[[], None] = lambda: None, active: bool = True) -> None:
+    def __init__(self, save: Callable[[], None] = lambda: None, active: bool = True, vote: Vote | None = None) -> None:
         self.request: signal.Signals | None = None
-        self._save, self._active = save, active
+        self._save, self._active, self._vote = save, active, vote
         self._before: dict[int, Any] = {}
         self._requested_at = 0.0
         self._waiting = False
@@ -53,23 +56,30 @@ class StopRequests:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            if kind is None:
+            if kind is None and self._vote is None:
                 self.may_act()
         finally:
             self._act()
 
     def may_act(self) -> None:
         """Save, then let a delayed signal take effect. Call between two steps."""
+        if self._vote is not None:
+            if not self._vote(self.request is not None):
+                return
+            self.request = self.request or signal.SIGTERM  # another process was asked
         if self.request is not None:
             self._save()
             self._act()
 
     def between_steps(self, items: Iterable[_Item]) -> Iterator[_Item]:
-        """Yield the items. A signal during the wait for the next item takes effect without that item.
+        """Yield the items. A signal during the wait for the next item takes effect without that item, unless all vote.
 
         Raises:
             RuntimeError, OSError, EOFError: worker processes ended, but not by a signal to this process.
         """
+        if self._vote is not None:
+            yield from items
+            return
         iterator = iter(items)
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Two ranks, one of which fails in the middle of a run; also as a script, for torchrun."""
+"""Two ranks, one of which fails or is stopped in the middle of a run; also as a script, for torchrun."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ class FailingTeacher:
                 raise ZeroDivisionError("a fault of rank 1")
             if self._how == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self._how == "stops":
+                os.kill(os.getppid(), signal.SIGTERM)
+                while signal.getsignal(signal.SIGTERM).__self__.request is None:  # type: ignore[union-attr]
+                    time.sleep(0.01)
+                return self._scale
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else torch and torchrun wait 30 s, and kill it
             time.sleep(3600)
         return self._scale
 

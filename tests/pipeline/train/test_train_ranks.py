@@ -13,6 +13,7 @@ import pytest
 
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.settings.train import TrainConfig
+from teacher_cache.pipeline.train.stop_signals import interrupt
 from tests.pipeline.train.rank_work import train_failing
 from tests.pipeline.train.train_work import make_student, train_config
 
@@ -53,6 +54,20 @@ def test_a_rank_that_fails_ends_all_ranks_and_is_told(how: str, config: TrainCon
         train_failing(config, how, pids)
     assert isinstance(told.value, OSError) == (how != "raises")  # one line of the command
     assert_ended(config, pids)
+
+
+def test_ranks_save_the_step_and_stop_together(config: TrainConfig, pids: Path) -> None:
+    """The signal reaches the command alone, in the third step; the ranks agree behind the fourth."""
+    config = config.model_copy(update={"devices": 2, "checkpoint_steps": None})
+    before = signal.signal(signal.SIGTERM, interrupt)  # as a command has it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_failing(config, "stops", pids)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not [path for path in pids.iterdir() if Path(f"/proc/{path.name}").exists()]
+    record = RunFolder(config.out).read()
+    assert (record.steps, record.checkpoint, record.epochs) == (4, "checkpoints/step-00000004", ())
 
 
 @pytest.mark.parametrize("how", TOLD)
