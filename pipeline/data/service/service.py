@@ -126,8 +126,9 @@ def when_all_done(jobs: Sequence[Future[list[Any]]], call: Callable[[], None]) -
 class DecodeProcesses(DecodeService):
     """Service by worker processes, each served by a thread of this process.
 
-    A worker that dies is replaced, and the items that it had are prepared again, each alone. An item that is alone at
-    two deaths ends with an OSError that names it. It is never taken for damaged, since the machine may be at fault.
+    A worker that dies, or takes half an hour for a ticket and is killed, is replaced. The items that it had are
+    prepared again, each alone. An item that is alone at two deaths ends with an OSError that names it. It is never
+    taken for damaged, since the machine may be at fault.
 
     Raises:
         OSError: a worker cannot be started.

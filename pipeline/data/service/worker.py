@@ -25,6 +25,8 @@ _START = threading.Lock()
 # Pillow's memory of freed images that a worker keeps, of 16 MiB each: for a few megapixels and its resized copies. Only
 # a process that decodes in one thread may do so
 _PILLOW_BLOCKS = 8
+_WHERE = ("__file__", "__spec__")  # by these a new process finds the script
+_MOST_SECONDS = 1800.0  # for a ticket: with all tries, a store that is slow takes minutes
 
 
 class Prepare(Protocol):
@@ -57,6 +59,7 @@ class Worker:
     def __init__(self, prepare: Prepare, slots: Slots) -> None:
         context = start_fork_server(*prepare.modules)
         self._connection, other = context.Pipe()
+        self._hung = False
         self._process = context.Process(target=_serve, args=(other, prepare, slots), name="decode", daemon=True)
         try:
             with _START, _hidden_main():
@@ -101,9 +104,12 @@ class Worker:
         """Wait for the results of the oldest ticket that was handed over.
 
         Raises:
-            EOFError, OSError: the worker has ended.
+            EOFError, OSError: the worker has ended, or was killed since it hangs.
             TicketError: the ticket raised, or its results cannot be read.
         """
+        if not self._connection.poll(_MOST_SECONDS):
+            self._hung = True
+            self.kill()
         message = self._connection.recv_bytes()
         try:
             reply = ForkingPickler.loads(message)
@@ -132,6 +138,8 @@ class Worker:
         self.kill()
         self._process.join()
         self._connection.close()
+        if self._hung:
+            return f"killed after {_MOST_SECONDS:g} s without a result"
         code = self._process.exitcode or 0
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -176,9 +184,13 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _hidden_main() -> Iterator[None]:
-    """Keep new processes from running the user's script again. They need nothing from it."""
+    """Keep new processes from running the user's script again. They need nothing from it.
+
+    Other threads meanwhile find all names of the script, to pickle them.
+    """
     main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
+    sys.modules["__main__"] = stand_in = ModuleType("__main__")
+    stand_in.__dict__.update({name: value for name, value in vars(main).items() if name not in _WHERE})
     try:
         yield
     finally:

@@ -53,6 +53,8 @@ class Write:
         if item.does == "poison" or (item.does == "poison once" and not self.log.exists()):
             self.log.open("a").write(f"{item.number}\n")
             os.kill(os.getpid(), signal.SIGSEGV)
+        if item.does == "hang":
+            signal.pause()
         slots.array(item.slot, (ROW,), offset=item.at * ROW)[:] = item.number % 251
         return item.number**2
 

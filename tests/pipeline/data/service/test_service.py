@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from multiprocessing.connection import Connection
+from multiprocessing.spawn import get_preparation_data
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 
 from teacher_cache.pipeline.data.service.service import DecodeProcesses, DecodeService, DecodeThreads
 from teacher_cache.pipeline.data.service.slots import Slot, Slots
+from teacher_cache.pipeline.data.service.worker import _hidden_main
 from tests.container_files import PROJECT
 from tests.pipeline.data.service.service_work import ROW, CannotStart, Item, Write
 
@@ -145,6 +147,25 @@ def test_an_image_that_kills_twice_ends_by_name_and_its_neighbours_do_not(tmp_pa
             service.submit(items).result(60)
         prepare_all(service, slots, tickets=4)
     assert log.read_text() == "5\n" * 3  # once among others, twice alone
+
+
+def test_an_image_that_hangs_ends_by_name(tmp_path: Path, slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher_cache.pipeline.data.service.worker._MOST_SECONDS", 0.5)
+    with DecodeProcesses(Write(tmp_path / "log"), slots, 2) as service:
+        slot = slots.take(ROWS * ROW)
+        items = [Item(number, slot, number, "hang" if number == 5 else "") for number in range(8)]
+        with pytest.raises(OSError, match=r"^number 5: two processes ended .* killed after 0.5 s without a result"):
+            service.submit(items).result(60)
+
+
+def test_a_worker_that_starts_hides_no_name_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "of_the_script", object(), raising=False)
+    with _hidden_main():
+        hidden = sys.modules["__main__"]
+        assert hidden.of_the_script is main.of_the_script  # type: ignore[attr-defined]
+        assert not {"init_main_from_name", "init_main_from_path"} & get_preparation_data("decode").keys()
+    assert sys.modules["__main__"] is main
 
 
 def test_an_image_that_kills_once_is_prepared_by_the_next_worker(tmp_path: Path, slots: Slots) -> None:
