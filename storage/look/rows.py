@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -121,8 +120,8 @@ def find_neighbours(
     """Find the images and captions nearest to one row by cosine, best first.
 
     Args:
-        image: row number or sample_id; write ``id:`` before a sample_id that is a number without leading zeros. If a
-            row number is a sample_id too, a line on stderr says so.
+        image: row number or sample_id; write ``id:`` before a sample_id that is a number without leading zeros. If the
+            row's own sample_id is another number, a line on stderr says so.
         text_row: row of a caption, instead of an image.
         view: view of all images.
         most: maximum number of rows of each tower to compare with; of more, random chunks are used.
@@ -174,9 +173,9 @@ def _row_of(reader: EmbeddingReader, image: str) -> int:
     if image.isdecimal() and str(int(image)) == image:  # 000005 is a name
         row = int(image)
         _require_row(reader, "image", row)
-        with suppress(UsageError):
-            reader.rows_of([image])
-            say(f"row {image}; the image with the sample_id {image} is id:{image}")
+        shown = reader.table_rows(SAMPLES, np.array([row]))["sample_id"][0].as_py()
+        if shown.isdecimal() and shown != image:  # so numbers may be meant as names
+            say(f"row {image} is the image {shown}; id:{image} names one by its sample_id")
         return row
     return int(reader.rows_of([image.removeprefix("id:")])[0])
 

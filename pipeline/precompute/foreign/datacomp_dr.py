@@ -34,6 +34,7 @@ from teacher_cache.pipeline.data.datasets.files import is_pattern, open_regular
 from teacher_cache.pipeline.precompute.foreign.clip_retrieval_folder import ForeignFolder, ForeignSource, normalised
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.layout import Tower
+from teacher_cache.storage.look.sampling import Progress, stage
 from teacher_cache.storage.observe.safe_text import printable
 
 # torchvision's RandAugment, in the order of the numbers in param_aug
@@ -43,18 +44,19 @@ _OPERATIONS = (
 )
 
 
-def open_foreign(location: str, columns: str | None) -> ForeignSource:
+def open_foreign(location: str, columns: str | None, progress: Progress | None = None) -> ForeignSource:
     """Open what holds another tool's rows: tars of DataCompDR, or a folder of clip-retrieval.
 
     Args:
         columns: ``FIRST:STOP``, the columns of the named teacher in the rows of an ensemble. Default: all.
+        progress: called with (stage, done, total) when the tars are read: ``read tars``.
 
     Raises:
         UsageError: it has neither form, or not these columns; the message names the file.
     """
     root = Path(location)
     if "://" not in location and (is_pattern(location) or root.suffix == ".tar" or any(root.glob("*.tar"))):
-        return ReinforcedShards(location, columns)
+        return ReinforcedShards(location, columns, progress)
     if columns:
         raise UsageError(f"--columns {columns} takes a part of the rows of DataCompDR's tars; {location} is none")
     return ForeignFolder(location)
@@ -73,8 +75,8 @@ class ReinforcedShards:
     form = "DataCompDR shards"
     towers: tuple[Tower, ...] = ("text",)
 
-    def __init__(self, location: str, columns: str | None) -> None:
-        self.location = location
+    def __init__(self, location: str, columns: str | None, progress: Progress | None = None) -> None:
+        self.location, self._progress = location, progress
         first = next(read_reinforced(location), None)
         if first is None:
             raise UsageError(f"{location}: its tars hold no sample of DataCompDR")
@@ -88,7 +90,10 @@ class ReinforcedShards:
 
     @cached_property
     def _samples(self) -> list[Reinforced]:
-        return [replace(sample, augmentations="") for sample in read_reinforced(self.location)]
+        return [
+            replace(sample, augmentations="")
+            for sample in read_reinforced(self.location, stage(self._progress, "read tars"))
+        ]
 
     @cached_property
     def _stops(self) -> NDArray[np.int64]:

@@ -89,7 +89,7 @@ def import_rows(config: ImportConfig, progress: Progress | None = None) -> Impor
     """
     started = time.perf_counter()
     check_dataset(config.dataset)
-    folder = open_foreign(config.folder, config.columns)
+    folder = open_foreign(config.folder, config.columns, progress)
     if isinstance(folder, ReinforcedShards):
         hint(folder.left_aside)
     teacher = load_teacher(config.teacher, config.pretrained, config.device, config.precision, config.decoder)

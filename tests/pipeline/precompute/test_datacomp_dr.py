@@ -128,8 +128,10 @@ def test_shards_without_the_images_own_captions_are_matched_by_the_others(
     samples: dict[str, Members], tmp_path: Path
 ) -> None:
     alone = {key: {ending: own[ending] for ending in ("syn.json", "paug.json", "npz")} for key, own in samples.items()}
-    source = open_foreign(str(write(tmp_path / "dr", alone)), "16:32")
+    steps: list[Any] = []
+    source = open_foreign(str(write(tmp_path / "dr", alone)), "16:32", lambda *step: steps.append(step))
     assert (source.rows, source.dim, source.towers) == (18, DIM, ("text",))
+    assert steps == [("read tars", 1, 2), ("read tars", 2, 2)]
     parts = list(source.columns("sample_id", "image_path", "caption"))
     assert [first for first, _ in parts] == [0, 12]
     assert parts[1][1]["caption"].to_pylist()[:3] == [None, *captions(4)[1:]]

@@ -85,15 +85,15 @@ def test_large_galleries_are_drawn_and_counted(tmp_path: Path) -> None:
     ("image", "row", "said"),
     [
         ("0002", 3, ""),
-        ("2", 2, "row 2; the image with the sample_id 2 is id:2\n"),
+        ("2", 2, "row 2 is the image 30; id:2 names one by its sample_id\n"),
         ("id:2", 1, ""),
-        ("3", 3, ""),
+        ("3", 3, "row 3 is the image 0002; id:3 names one by its sample_id\n"),
     ],
 )
 def test_a_number_is_a_row_and_one_with_leading_zeros_a_sample_id(
     image: str, row: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_known_cache(tmp_path / "c", images=4, captions=4, sample_ids=["a", "2", "b", "0002"])
+    make_known_cache(tmp_path / "c", images=4, captions=4, sample_ids=["a", "2", "30", "0002"])
     found = find_neighbours(str(tmp_path / "c"), image=image).image
     assert (found and found.row, capsys.readouterr().err) == (row, said)
 

@@ -27,7 +27,7 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
@@ -243,15 +243,19 @@ class Reinforced:
     length: int
 
 
-def read_reinforced(root: str) -> Iterator[Reinforced]:
+def read_reinforced(root: str, progress: Callable[[int, int], None] | None = None) -> Iterator[Reinforced]:
     """Read the samples of DataCompDR's shards: ``KEY.npz``, ``KEY.syn.json``, ``KEY.paug.json``, and any ``KEY.txt``.
+
+    Args:
+        progress: called with (tars read, tars in all).
 
     Raises:
         UsageError: there is no tar, one is cut short, or a sample lacks a member or its key; the message names it.
     """
     keys = {SYNTHETIC: ("syn_text",), "paug.json": ("param_aug",)}
     # another encoding of the image's own caption costs its row, as it then matches none
-    for uri, _, key, member in _members(root, texts=_Texts(("txt", *keys), False, "utf-8", keys, ("npz",))):
+    texts = _Texts(("txt", *keys), False, "utf-8", keys, ("npz",))
+    for uri, _, key, member in _members(root, texts=texts, progress=progress):
         tar = f"{data_folder(root)}/{uri}"
         if isinstance(member, Problem):
             raise UsageError(f"{tar}: {member}. Download it again")
@@ -269,10 +273,13 @@ def read_reinforced(root: str) -> Iterator[Reinforced]:
         yield Reinforced(tar, key, captions, member.texts["paug.json"][0], member.offset, member.length)
 
 
-def _members(root: str, split: str = "", texts: _Texts = _Texts()) -> Iterator[tuple[str, str, str, _Member | Problem]]:
+def _members(
+    root: str, split: str = "", texts: _Texts = _Texts(), progress: Callable[[int, int], None] | None = None
+) -> Iterator[tuple[str, str, str, _Member | Problem]]:
     """Yield uri and split of the tar, key and members of each sample. Problems come in place of members."""
     folder = data_folder(root)
-    for tar in _tars(root):
+    tars = _tars(root)
+    for number, tar in enumerate(tars):
         uri = tar.removeprefix(f"{folder.rstrip('/')}/")
         tar_split = split or split_in_name(uri, folder)
         members: dict[str, _Member] = {}
@@ -280,6 +287,8 @@ def _members(root: str, split: str = "", texts: _Texts = _Texts()) -> Iterator[t
             yield uri, tar_split, "", problem
         for key, member in members.items():
             yield uri, tar_split, key, member.lost(uri) or member
+        if progress is not None:
+            progress(number + 1, len(tars))
 
 
 def _tars(root: str) -> list[str]:
