@@ -12,7 +12,7 @@ from typing import Protocol, Self
 
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_shared
-from teacher_cache.pipeline.precompute.plan import Progress, plan_precompute
+from teacher_cache.pipeline.precompute.plan import Progress, ReadDataset, plan_precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import MissingPackageError, UsageError
 from teacher_cache.storage.format.commits import ChunkRef
@@ -21,7 +21,9 @@ from teacher_cache.storage.format.commits import ChunkRef
 class Executor(Protocol):
     """Context manager that plans a cache and encodes its chunks. Leaving it releases its resources."""
 
-    def plan(self, config: PrecomputeConfig, progress: Progress | None = None) -> list[ChunkRef]:
+    def plan(
+        self, config: PrecomputeConfig, progress: Progress | None = None, read: ReadDataset | None = None
+    ) -> list[ChunkRef]:
         """Plan the cache with :func:`teacher_cache.pipeline.precompute.plan.plan_precompute` for the devices used."""
         ...
 
@@ -57,9 +59,11 @@ class LocalExecutor:
     ) -> None:
         self._teacher = None
 
-    def plan(self, config: PrecomputeConfig, progress: Progress | None = None) -> list[ChunkRef]:
+    def plan(
+        self, config: PrecomputeConfig, progress: Progress | None = None, read: ReadDataset | None = None
+    ) -> list[ChunkRef]:
         """See :class:`Executor`."""
-        return plan_precompute(config, self._load(config), progress)
+        return plan_precompute(config, self._load(config), progress, read=read)
 
     def encode(self, config: PrecomputeConfig, refs: Sequence[ChunkRef], progress: Progress | None = None) -> int:
         """See :class:`Executor`. Other processes on this cache share its chunks."""

@@ -40,6 +40,8 @@ from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
 Progress = Callable[[str, int, int], None]
+ReadDataset = tuple[SampleSet, list[str]]
+"""Samples and digests, as :func:`teacher_cache.pipeline.data.datasets.samples.load_samples` returns them."""
 
 _LOG = logger("precompute")
 
@@ -172,7 +174,11 @@ def existing_manifest(cache: str) -> CacheManifest | None:
 
 
 def plan_precompute(
-    config: PrecomputeConfig, teacher: LiveTeacher, progress: Progress | None = None, encode_on: str | None = None
+    config: PrecomputeConfig,
+    teacher: LiveTeacher,
+    progress: Progress | None = None,
+    encode_on: str | None = None,
+    read: ReadDataset | None = None,
 ) -> list[ChunkRef]:
     """Write the cache's manifest and tables, or check them against the existing cache.
 
@@ -180,6 +186,7 @@ def plan_precompute(
 
     Args:
         encode_on: type of the device that will encode, as torch names it. Default: the teacher's.
+        read: the dataset's files as read just now. Default: they are read here.
 
     Returns:
         The pending chunks.
@@ -191,7 +198,7 @@ def plan_precompute(
     """
     settings = PlanSettings.of(config)
     origin = origin_of_reused(settings, teacher)
-    planned = read_dataset(settings, teacher, progress)
+    planned = read_dataset(settings, teacher, progress, read)
     for problem in planned.dataset.problems:
         event(_LOG, logging.WARNING, "problem in the dataset", **asdict(problem))
     made_with = teacher.library_versions() | origin
@@ -256,11 +263,13 @@ def _refuse_imported(cache: str, manifest: CacheManifest) -> None:
         )
 
 
-def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progress | None = None) -> PlannedDataset:
+def read_dataset(
+    settings: PlanSettings, teacher: LiveTeacher, progress: Progress | None = None, read: ReadDataset | None = None
+) -> PlannedDataset:
     """Read and digest a dataset's files, and return the tables and identity of its cache. Writes nothing.
 
-    Images that an unfinished cache lists at the same place are not read: each is compared with its digest when it is
-    encoded.
+    With ``read``, no file is read. Nor are images that an unfinished cache lists at the same place: each is compared
+    with its digest when it is encoded.
 
     Raises:
         UsageError: as ``teacher_cache.pipeline.data.datasets.samples.load_samples``.
@@ -272,7 +281,7 @@ def read_dataset(settings: PlanSettings, teacher: LiveTeacher, progress: Progres
             progress("check files", done, total)
 
     spec = DatasetSpec.parse(settings.config.dataset)
-    dataset, digests = load_samples(spec, checked, _known_digests(settings))
+    dataset, digests = read or load_samples(spec, checked, _known_digests(settings))
     if settings.have is None:
         require_few_problems(settings.config, spec, dataset)
         hint_at_gaps(spec, dataset)

@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,13 +36,14 @@ from teacher_cache.pipeline.data.cores import processes_of
 from teacher_cache.pipeline.data.service.worker import portable
 from teacher_cache.pipeline.models.teacher import LiveTeacher, load_teacher
 from teacher_cache.pipeline.precompute.encode import RowTally, encode_claimed
-from teacher_cache.pipeline.precompute.plan import Progress, plan_precompute
+from teacher_cache.pipeline.precompute.plan import Progress, ReadDataset, plan_precompute
 from teacher_cache.pipeline.precompute.reuse import known_rows
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.processes import ProcessName, this_process
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.format.commits import ChunkRef, stretches_of
+from teacher_cache.storage.observe.telemetry import METRICS_HOST, METRICS_PORT, observed
 from teacher_cache.storage.write.claims import claimed_by
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
@@ -51,6 +52,7 @@ _LOOK_SECONDS = 5.0  # between polls of the cluster for room and of the cache fo
 _PATIENCE_SECONDS = 600.0  # without a live actor: an autoscaler may need minutes for a GPU machine
 _STARTS_LOST = 3  # consecutive failed starts without a live actor
 _TRIES = 3  # actors that a chunk may kill; transient errors of an actor without a commit between them
+_NO_METRICS: Mapping[str, str] = {}
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -72,12 +74,18 @@ class Outcome:
 class EncodeActor:
     """Actor with one teacher on one device. For one call at a time."""
 
-    def start(self, config: PrecomputeConfig, folder: str) -> Outcome:
+    def start(
+        self, config: PrecomputeConfig, folder: str, number: int = 0, metrics: Mapping[str, str] = _NO_METRICS
+    ) -> Outcome:
         """Load the teacher, open the planned cache and check that they match.
 
         Args:
             folder: working directory of the driver. Relative paths start there, on machines that have it.
+            number: number of the actor in its run. It is added to the port of metrics.
+            metrics: the driver's environment variables of metrics.
         """
+        self._number = number
+        os.environ.update(metrics)
 
         def begin() -> set[ChunkRef]:
             with contextlib.suppress(OSError):
@@ -95,7 +103,12 @@ class EncodeActor:
 
     def encode(self, refs: Sequence[ChunkRef]) -> Outcome:
         """Encode these chunks together with the other actors. If it returns no error, every chunk is committed."""
-        return _outcome(lambda: encode_claimed(self._config, self._teacher, refs, None, self._known, self._writer))
+
+        def work() -> set[ChunkRef]:
+            with observed(self._number, cache=self._config.cache):
+                return encode_claimed(self._config, self._teacher, refs, None, self._known, self._writer)
+
+        return _outcome(work)
 
 
 def _outcome(call: Callable[[], set[ChunkRef]]) -> Outcome:
@@ -213,11 +226,13 @@ class RayExecutor:
             self._connected = False
             ray.shutdown()
 
-    def plan(self, config: PrecomputeConfig, progress: Progress | None = None) -> list[ChunkRef]:
+    def plan(
+        self, config: PrecomputeConfig, progress: Progress | None = None, read: ReadDataset | None = None
+    ) -> list[ChunkRef]:
         """Plan the cache in this process, which needs no GPU."""
         device = "cuda" if self._slot(config).gpus else "cpu"
         teacher = load_teacher(config.teacher, config.pretrained, "cpu", config.precision, config.decoder)
-        return plan_precompute(config, teacher, progress, encode_on=device)
+        return plan_precompute(config, teacher, progress, device, read)
 
     def encode(self, config: PrecomputeConfig, refs: Sequence[ChunkRef], progress: Progress | None = None) -> int:
         """Encode chunks of a planned cache with actors. Chunks that a lost actor committed are counted too.
@@ -341,8 +356,8 @@ class _Crew:
         refs: Sequence[ChunkRef],
     ) -> None:
         class OnRay(worker):  # type: ignore[valid-type,misc]
-            def begin(self, config: PrecomputeConfig, folder: str) -> tuple[str, ProcessName, Outcome]:
-                return ray.get_runtime_context().get_node_id(), this_process(), self.start(config, folder)
+            def begin(self, *args: Any) -> tuple[str, ProcessName, Outcome]:
+                return ray.get_runtime_context().get_node_id(), this_process(), self.start(*args)
 
         options = {"num_cpus": slot.cpus, "num_gpus": slot.gpus, "max_restarts": 0, "max_task_retries": 0}
         # Ray must not restart actors: the driver counts their deaths
@@ -389,7 +404,8 @@ class _Crew:
         first = int(len(self._refs) * (self._started * _GOLDEN % 1))
         self._started += 1
         member = _Member(self._actor.remote(), self._refs[first:] + self._refs[:first])
-        self._busy[member.actor.begin.remote(self._config, str(Path.cwd()))] = member
+        metrics = {name: os.environ[name] for name in (METRICS_PORT, METRICS_HOST) if name in os.environ}
+        self._busy[member.actor.begin.remote(self._config, str(Path.cwd()), self._started, metrics)] = member
 
     def encode(self, member: _Member) -> None:
         """Let an actor encode the pending chunks."""

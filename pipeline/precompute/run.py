@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.data.datasets.spec import check_dataset
 from teacher_cache.pipeline.precompute.executors import open_executor
-from teacher_cache.pipeline.precompute.plan import Progress
+from teacher_cache.pipeline.precompute.plan import Progress, ReadDataset
 from teacher_cache.pipeline.precompute.reuse import count_known, known_rows
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.files.location import open_files
@@ -52,7 +52,9 @@ class PrecomputeResult(BaseModel, frozen=True):
     captions_per_second: float | None
 
 
-def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> PrecomputeResult:
+def precompute(
+    config: PrecomputeConfig, progress: Progress | None = None, read: ReadDataset | None = None
+) -> PrecomputeResult:
     """Make the cache that ``config`` describes, or finish an existing one.
 
     Safe to stop at any moment and to call again: only chunks without a sound commit are encoded. Several processes may
@@ -60,6 +62,7 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
 
     Args:
         progress: called with (stage, done, total): ``check files``, ``images`` and ``captions``.
+        read: the dataset's files as read just now. Default: they are read here.
 
     Raises:
         UsageError: dataset, teacher, device or metrics port cannot be used; nothing is written.
@@ -75,7 +78,7 @@ def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Pr
     require_place(open_files(config.cache))
     with observed(cache=config.cache):
         with open_executor(config) as executor:
-            pending = executor.plan(config, progress)
+            pending = executor.plan(config, progress, read)
             encoded = executor.encode(config, pending, progress)
         return seal_and_summarize(config.cache, encoded, time.perf_counter() - started, config.reuse, pending)
 

@@ -14,7 +14,7 @@ from teacher_cache.pipeline.data.images.decoders import PILLOW
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import other_settings
 from teacher_cache.pipeline.models.teacher import recorded_name
-from teacher_cache.pipeline.precompute.plan import CROP_SETTINGS, dataset_identity, dataset_tables
+from teacher_cache.pipeline.precompute.plan import CROP_SETTINGS, ReadDataset, dataset_identity, dataset_tables
 from teacher_cache.pipeline.promote.gate import NOT_SHIPPED, checkpoint_of, missing
 from teacher_cache.pipeline.promote.home import Home, NumberedCache
 from teacher_cache.pipeline.promote.registry import Candidate
@@ -70,8 +70,8 @@ class Look(BaseModel, frozen=True):
 
 def look_at(
     settings: StageSettings, home: Home, student: dict[str, Any], progress: Callable[[int, int], None] | None = None
-) -> Look:
-    """Read the dataset and the home. Loads no teacher, writes nothing.
+) -> tuple[Look, ReadDataset]:
+    """Read the dataset and the home, and return the dataset as it was read too. Loads no teacher, writes nothing.
 
     Args:
         student: config of the student to train.
@@ -84,8 +84,8 @@ def look_at(
     """
     config = settings.config
     spec = check_dataset(config.dataset)
-    dataset, digests = load_samples(spec, progress)
-    tables = dataset_tables(dataset, digests)
+    read = load_samples(spec, progress)
+    tables = dataset_tables(*read)
     identity = dataset_identity(spec, tables)
     _require_splits(settings, identity)
     caches = home.read_caches()
@@ -109,7 +109,7 @@ def look_at(
         None if manifest else not_reused,
         _unshipped(judged) if judged is not None and config.ship else None,
     )
-    return Look(
+    look = Look(
         images=identity.images,
         captions=identity.captions,
         changes=changes,
@@ -122,6 +122,7 @@ def look_at(
         run=run,
         judged=judged,
     )
+    return look, read
 
 
 def _storage_settings(config: RetrainConfig, source: NumberedCache | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from teacher_cache.pipeline.deploy.record import RECORD, Deployment, require_pac
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import weights_file_sha256
 from teacher_cache.pipeline.models.student import build_student, student_config
+from teacher_cache.pipeline.precompute.plan import ReadDataset
 from teacher_cache.pipeline.precompute.reuse import NotReusableError
 from teacher_cache.pipeline.precompute.run import PrecomputeResult, precompute
 from teacher_cache.pipeline.promote.gate import PromoteResult, promote
@@ -60,6 +61,7 @@ class Retraining:
         self.config = config
         self.home = Home(config)
         self._settings = StageSettings(config)
+        self._read: ReadDataset | None = None
         training = self._settings.check()
         if config.ship:
             require_packages()
@@ -74,7 +76,9 @@ class Retraining:
 
     def look(self, progress: Progress | None = None) -> Look:
         """Read dataset and home, see :func:`~teacher_cache.pipeline.promote.look.look_at`."""
-        return look_at(self._settings, self.home, self._student, _stage(progress, "look at the dataset"))
+        seen = _stage(progress, "look at the dataset")
+        look, self._read = look_at(self._settings, self.home, self._student, seen)
+        return look
 
     def encode(self, look: Look, progress: Progress | None = None) -> PrecomputeResult | None:
         """Make the cache of the present dataset, unless it is finished, and verify it.
@@ -88,13 +92,13 @@ class Retraining:
             CacheCorruptError: verification failed.
             CacheError, UsageError, OSError, FloatingPointError: as ``precompute`` raises them.
         """
-        made = None
+        made, (read, self._read) = None, (self._read, None)
         if not look.cache_finished:
             config = self._settings.encoding(look.storage_settings(), look.crops)
             try:
-                made = precompute(config, progress)
+                made = precompute(config, progress, read)
             except NotReusableError:
-                made = precompute(config.model_copy(update={"reuse": None}), progress)
+                made = precompute(config.model_copy(update={"reuse": None}), progress, read)
         report = verify_cache(look.cache, _stage(progress, "verify"))
         if not report.ok:
             raise CacheCorruptError(

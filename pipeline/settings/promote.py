@@ -75,8 +75,8 @@ class RetrainConfig(StageConfig):
     )
     precompute: dict[str, Any] = Field(
         {},
-        description="Other settings of precompute by name: batch_size, executor, crop_scale and others. Random crops "
-        "are drawn as in the previous cache unless set here.",
+        description="Other settings of precompute by name: compress, batch_size, executor, crop_scale and others. "
+        "Random crops are drawn as in the previous cache unless set here.",
     )
     caches: str | None = Field(
         None, description="Folder or URL of the caches, for example s3://bucket/caches. Default: caches in home."

@@ -48,8 +48,8 @@ def watched_actor(deadly: str = "") -> Any:
     from teacher_cache.pipeline.precompute.ray_executor import EncodeActor, Outcome
 
     class WatchedActor(EncodeActor):
-        def start(self, config: PrecomputeConfig, folder: str) -> Outcome:
-            outcome = super().start(config, folder)
+        def start(self, *args: Any) -> Outcome:
+            outcome = super().start(*args)
             if outcome.error is None:
                 watch(self._teacher, self._writer, deadly)
             return outcome

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import socket
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +17,13 @@ from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.plan import plan_precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheUnreachableError
+from teacher_cache.storage.observe.telemetry import METRICS_PORT
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import make_model_folder, write_photos
 from tests.pipeline.precompute.conftest import make_config
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'teacher-cache[ray]'")
+from teacher_cache.pipeline.precompute import ray_executor
 from teacher_cache.pipeline.precompute.ray_executor import EncodeActor, Outcome
 
 
@@ -47,6 +52,28 @@ def test_it_encodes_what_is_left(config: PrecomputeConfig, monkeypatch: pytest.M
     assert actor.encode(refs[:3]) == Outcome(encoded=frozenset(refs[:3]))
     assert actor.encode(refs[2:5]) == Outcome(encoded=frozenset(refs[3:5]))
     assert EmbeddingWriter(config.cache).pending() == refs[5:]
+
+
+def test_it_serves_what_it_does(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the driver's port plus its number."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv(METRICS_PORT, "")  # and is restored
+    actor, refs = EncodeActor(), EmbeddingWriter(config.cache).pending()
+    monkeypatch.chdir(Path.cwd())
+    assert actor.start(config, str(Path.cwd()), 3, {METRICS_PORT: str(port - 3)}) == Outcome()
+    encode, told = ray_executor.encode_claimed, list[str]()
+
+    def asked(*arguments: Any) -> Any:
+        encoded = encode(*arguments)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            told.append(answer.read().decode())
+        return encoded
+
+    monkeypatch.setattr(ray_executor, "encode_claimed", asked)
+    assert actor.encode(refs[:1]) == Outcome(encoded=frozenset(refs[:1]))
+    assert 'teacher_cache_rows_total{tower="image"} 4.0' in told[0]
 
 
 def test_a_cache_of_another_teacher_is_refused_at_the_start(config: PrecomputeConfig, tmp_path: Path) -> None:

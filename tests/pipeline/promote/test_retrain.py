@@ -17,6 +17,7 @@ import teacher_cache.pipeline.promote.gate
 import teacher_cache.pipeline.promote.retrain
 from teacher_cache.flows.markdown import retraining_text
 from teacher_cache.pipeline.cli.champions import retrain_lines
+from teacher_cache.pipeline.data.datasets import samples
 from teacher_cache.pipeline.models.teacher import Encoded, LiveTeacher
 from teacher_cache.pipeline.promote.registry import StudentRegistry
 from teacher_cache.pipeline.promote.retrain import Retraining, RetrainResult, retrain
@@ -35,7 +36,12 @@ def home(tmp_path: Path) -> Path:
 def test_new_data_is_learned_and_nothing_new_is_nothing_done(
     home: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = retrain(settings(home, tiny_teacher))
+    digested: list[str] = []
+    digest = samples._digest
+    with monkeypatch.context() as patched:
+        patched.setattr(samples, "_digest", lambda *sample: (digested.append(""), digest(*sample))[1])
+        first = retrain(settings(home, tiny_teacher))
+    assert len(digested) == 64  # the look at the dataset and precompute read each file once
     assert (first.outcome, first.champion, first.look.changes) == ("promoted", 1, None)
     assert first.encoded is not None
     assert first.encoded.rows_reused == {"image": 0, "text": 0}
@@ -234,8 +240,8 @@ def test_a_cache_that_does_not_verify_teaches_nobody(
 ) -> None:
     encode = teacher_cache.pipeline.promote.retrain.precompute
 
-    def damaged(config: PrecomputeConfig, progress: Any) -> Any:
-        made = encode(config, progress)
+    def damaged(config: PrecomputeConfig, *others: Any) -> Any:
+        made = encode(config, *others)
         chunk = next(
             path for path in Path(config.cache).rglob("targets.zarr/image/embedding/c/*/*/*") if path.is_file()
         )
