@@ -103,7 +103,7 @@ class TrainingBench:
         model, optimizer = self.fabric.setup(self.student, adamw(self.student, 1e-5, 0.1, fused))
         model.train()
         self.teacher = CachedTeacher(self.reader, pinned=half)
-        self._step = TrainStep(self.config, self.fabric, model, self.student, optimizer, self.teacher, 10**6)
+        self._step = TrainStep(self.config, self.fabric, model, self.student, optimizer, [self.teacher], 10**6)
         self._taken = 0
         # the peer's own, so that neither moves the other's weights or moments
         self.plain = self._made(architecture).to(self.fabric.device).train()

@@ -42,6 +42,11 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> None:
 
 def _remarks(result: EvaluateResult) -> Iterator[str]:
     """Yield what a reader of the table should know."""
+    for number, other in enumerate(result.other_teachers, start=2):
+        yield f"teacher {number}: {other.teacher_name}, {other.cache}"
+    if result.together is not None:
+        retained = "; the retention is of the first teacher" if result.student else ""
+        yield f"together: by the mean of the teachers' logits{retained}"
     if result.not_kept:
         yield f"warning: not left in the run, so that no report of it will show it: {result.not_kept}"
     if result.student is not None and result.images < _FEW_IMAGES:
@@ -124,6 +129,10 @@ def _recall_rows(result: EvaluateResult) -> Iterator[tuple[str, Any, float | Non
     from teacher_cache.pipeline.evaluate.recall import mean_recall
 
     yield "teacher", result.teacher, mean_recall(result.teacher)
+    for number, other in enumerate(result.other_teachers, start=2):
+        yield f"teacher {number}", other.recall, mean_recall(other.recall)
+    if result.together is not None:
+        yield "together", result.together, mean_recall(result.together)
     if result.student is not None and result.retention is not None and result.retention_intervals is not None:
         yield "student", result.student, mean_recall(result.student)
         yield "retention %", result.retention, result.retention["mean"]

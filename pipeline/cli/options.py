@@ -85,7 +85,8 @@ def settings_command(
         example: words after ``teacher-cache``, shown below the help.
         checked: False to pass :class:`Settings` to a command that checks them itself.
     """
-    names = [field for field in (flags or kind.model_fields) if field != argument]
+    elsewhere = {argument, "other_caches"}  # an option --cache that may be repeated gives the latter
+    names = [field for field in (flags or kind.model_fields) if field not in elsewhere]
     params: list[click.Parameter] = []
     if argument is not None:
         params.append(_argument(argument, kind.model_fields[argument]))
@@ -93,8 +94,8 @@ def settings_command(
         described = "TOML file with a table per stage. Options win over it."
         params.append(Argument(["run_file"], described, type=Path, required=False, metavar="[RUN.toml]"))
     params += [_option(field, kind.model_fields[field], field not in optional) for field in names]
-    if set(kind.model_fields) - {*names, argument}:
-        params.append(_set_option(kind, [*names, argument]))
+    if set(kind.model_fields) - {*names, *elsewhere}:
+        params.append(_set_option(kind, [*names, *elsewhere]))
     fields = {*names, argument}
 
     def decorate(function: _Callback) -> click.Command:
@@ -319,8 +320,10 @@ def _option(name: str, field: FieldInfo, may_be_required: bool) -> click.Option:
     else:
         # a text, which the settings convert and check: one wording of mistakes for flags and run files
         settings["metavar"] = _METAVARS.get(kind)
-        if isinstance(field.json_schema_extra, dict) and "bare" in field.json_schema_extra:  # typed without a value
-            settings |= {"is_flag": False, "flag_value": str(field.json_schema_extra["bare"])}
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        if "bare" in extra:  # typed without a value
+            settings |= {"is_flag": False, "flag_value": str(extra["bare"])}
+        settings["multiple"] = "repeatable" in extra
     return click.Option([flag, name], **settings)
 
 

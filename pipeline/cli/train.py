@@ -20,6 +20,7 @@ from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import require_writable
 from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
+from teacher_cache.storage.observe.quantities import counted
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.train.loop import StepProgress, TrainResult
@@ -91,7 +92,7 @@ def _say_what_the_recipe_leaves(explicit: dict[str, Any]) -> None:
 
 
 def _lines(result: TrainResult) -> list[str]:
-    record = result.record
+    record, shares = result.record, result.record.config.teacher_shares
     last = record.epochs[-1]
     lines = [
         f"{result.run}: {record.student_parameters:,} parameters, {record.steps} steps over "
@@ -101,6 +102,10 @@ def _lines(result: TrainResult) -> list[str]:
         f"{last.data_wait_share:.0%} of the time waiting for data",
         f"checkpoint: {result.run}/{record.checkpoint}",
     ]
+    if record.others:
+        lines.insert(1, f"teachers: {record.teacher}, " + " : ".join(f"{share:.0%}" for share in shares))
+    if record.dropped_images:
+        lines.insert(1, f"left out: {counted(record.dropped_images, 'image')} that not all caches have")
     if record.best is not None:
         lines.append(
             f"best: {result.run}/{record.best.checkpoint}, epoch {record.best.epoch + 1}, mean recall "
@@ -118,8 +123,10 @@ def _resumed(settings: Settings[TrainConfig]) -> TrainConfig:
         raise UsageError("--resume continues the run in --out; name its folder")
     record = RunFolder(explicit["out"]).read()
     merged = record.config.model_dump() | explicit
-    if "cache" in explicit and "://" not in explicit["cache"]:
-        merged["cache"] = str(Path(explicit["cache"]).resolve())
+    if "cache" in explicit:
+        named = [explicit["cache"]] if isinstance(explicit["cache"], str) else explicit["cache"]
+        first, *others = [cache if "://" in cache else str(Path(cache).resolve()) for cache in named]
+        merged |= {"cache": first} | ({"other_caches": others} if others else {})
     config = check_config(TrainConfig, merged, "train --resume")
     if not record.averaged:  # training refuses a mean
         say(f"{config.out}: " + ("is finished" if record.finished else f"goes on after step {record.steps}"))

@@ -40,6 +40,7 @@ from teacher_cache.pipeline.evaluate.intervals import (
 )
 from teacher_cache.pipeline.evaluate.learned import count_learned
 from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks, chance_recall, recall_of_ranks, retention
+from teacher_cache.pipeline.evaluate.several_teachers import OtherTeacher, measure_others
 from teacher_cache.pipeline.evaluate.split import CachedTeacher, Embedded, EvaluationSplit, embed, open_split
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import RunRecord
@@ -86,6 +87,8 @@ class EvaluateResult(BaseModel, frozen=True):
     unfinished: str | None = Field(None, description="Epochs trained and wanted, if the run is unfinished.")
     chance: Recalls | None = Field(None, description="Recall that a random order reaches on average.")
     teacher: Recalls
+    other_teachers: tuple[OtherTeacher, ...] = Field((), description="Teachers of further caches.")
+    together: Recalls | None = Field(None, description="Recall of all teachers by the mean of their logits.")
     student: Recalls | None
     retention: dict[str, Any] | None
     towers: dict[Literal["image", "text"], TowerResult] | None = Field(
@@ -132,6 +135,8 @@ class _Run:
 def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> EvaluateResult:
     """Measure the recall of the cached teacher on a split, and the recall and retention of a run's student.
 
+    Teachers of further caches are measured too, and all of them together; the retention is of the first one.
+
     Without a run no model is built and torch is not imported. With a run the result is also saved in its folder
     (``RunFolder.keep_evaluation``), if that is writable.
 
@@ -156,7 +161,10 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
     depth = RANK_DEPTH if rank_path else max(RECALL_KS)
     teacher_rows = embed(split, CachedTeacher())
     teacher = split.ranks(*teacher_rows, depth, config.device)
-    student = towers = None
+    student = towers = together = None
+    others: tuple[OtherTeacher, ...] = ()
+    if config.other_caches:
+        others, together = measure_others(split, teacher_rows, config.other_caches, config.device)
     if run is not None:
         own, in_teacher_space = _student_rows(config, split, run.student, progress)
         student = split.ranks(*own, depth, config.device)
@@ -165,7 +173,12 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
     if rank_path:
         _write_ranks(rank_path, config, split, run, teacher, student)
     result = _result(config, split, run, teacher, student).model_copy(
-        update={"towers": towers, "seconds": time.perf_counter() - started}
+        update={
+            "towers": towers,
+            "other_teachers": others,
+            "together": together,
+            "seconds": time.perf_counter() - started,
+        }
     )
     return Measured(result if run is None else _saved(run.folder, result), split, student)
 

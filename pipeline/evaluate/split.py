@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from teacher_cache.pipeline.data.batches.joined_caches import JoinedCache
 from teacher_cache.pipeline.data.batches.stored_images import CachedImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks, first_positive_ranks
@@ -258,19 +259,30 @@ def _gathered(
 
 
 class CachedTeacher:
-    """The teacher's cached rows of view 0, the evaluation crop. No model runs."""
+    """A teacher's cached rows of view 0, the evaluation crop. No model runs.
+
+    Args:
+        other: cache of another teacher, joined to that of the split. Default: the split's teacher.
+    """
+
+    def __init__(self, other: JoinedCache | None = None) -> None:
+        self._other = other
 
     def images(self, split: EvaluationSplit) -> Iterator[NDArray[np.float32]]:
         """Yield unit rows of the images."""
-        return self._rows(split, "image", split.image_rows)
+        return self._rows(split, "image", split.image_rows, None if self._other is None else self._other.images)
 
     def captions(self, split: EvaluationSplit) -> Iterator[NDArray[np.float32]]:
         """Yield unit rows of the captions."""
-        return self._rows(split, "text", split.caption_rows)
+        return self._rows(split, "text", split.caption_rows, None if self._other is None else self._other.captions)
 
-    def _rows(self, split: EvaluationSplit, tower: Tower, rows: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+    def _rows(
+        self, split: EvaluationSplit, tower: Tower, rows: NDArray[np.int64], places: NDArray[Any] | None
+    ) -> Iterator[NDArray[np.float32]]:
+        reader = self._other.reader if self._other else split.reader
         for start in range(0, len(rows), _ROWS_AT_ONCE):
-            yield unit_rows(split.reader.take(tower, rows[start : start + _ROWS_AT_ONCE]))
+            part = rows[start : start + _ROWS_AT_ONCE]
+            yield unit_rows(reader.take(tower, part if places is None else places[part]))
 
 
 @dataclass(frozen=True)

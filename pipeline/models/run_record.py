@@ -16,7 +16,17 @@ from teacher_cache.storage.format.identity import CacheIdentity
 
 _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
 # places, save intervals, waits and trackers: these may change when a run resumes
-_MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
+_MAY_DIFFER = {
+    "cache",
+    "other_caches",
+    "out",
+    "image_root",
+    "pixels",
+    "device",
+    "workers",
+    "checkpoint_seconds",
+    "checkpoint_steps",
+}
 _MAY_DIFFER |= {"rank_timeout_seconds", "report_to"}
 
 # beside CHECKPOINT_CONFIG in a checkpoint; both names are open_clip's
@@ -75,6 +85,14 @@ class ResizedRun(BaseModel, frozen=True):
     chosen_on: str | None = Field(None, description="Split that the checkpoint was chosen on, if any.")
 
 
+class OtherTeacher(BaseModel, frozen=True):
+    """Further teacher of a run, whose cache was joined to the first one."""
+
+    teacher: str
+    cache_manifest_digest: str
+    identity: CacheIdentity = Field(description="Identity of its cache.")
+
+
 class RunRecord(BaseModel):
     """Content of ``run.json``: student, cache, settings and progress.
 
@@ -87,15 +105,17 @@ class RunRecord(BaseModel):
     config: TrainConfig
     student_config: dict[str, Any] = Field(description="Model config in open_clip's form.")
     student_parameters: int
-    teacher: str
+    teacher: str = Field(description="Name of the teacher; of several: A and B.")
     identity: CacheIdentity = Field(description="Identity of the cache.")
     accepted_mismatches: tuple[str, ...] = Field(
         (), description="Differences from the expected identity that the user accepted: field and both values."
     )
     cache_manifest_digest: str = Field(description="Digest of the manifest of the cache that the student learned from.")
+    others: tuple[OtherTeacher, ...] = Field((), description="Further teachers, in the order of config.other_caches.")
     view: str = Field(description="Crops of each image that the student saw, in words.")
     image_root: str
     train_images: int
+    dropped_images: int = Field(0, description="Images of the split that another teacher's cache lacked.")
     initial_weights_sha256: str | None = Field(
         None, description="Digest of the student's weights before its first step, projections included."
     )
@@ -119,6 +139,11 @@ class RunRecord(BaseModel):
         return bool(self.averaged) or len(self.epochs) >= self.config.epochs
 
     @property
+    def manifest_digests(self) -> tuple[str, ...]:
+        """Digest of the manifest of every cache that the student learned from, the first one first."""
+        return (self.cache_manifest_digest, *(other.cache_manifest_digest for other in self.others))
+
+    @property
     def unfinished(self) -> str | None:
         """Trained and wanted epochs of an unfinished run, in words."""
         return None if self.finished else f"{len(self.epochs)} of {self.config.epochs} epochs are trained"
@@ -137,7 +162,7 @@ class RunRecord(BaseModel):
 
     def origin(self) -> dict[str, Any]:
         """Return the fields of the record that a checkpoint keeps."""
-        made_of = {name for name in ("averaged", "resized") if getattr(self, name)}
+        made_of = {name for name in ("averaged", "resized", "others") if getattr(self, name)}
         return self.model_dump(mode="json", include=_ORIGIN | made_of)
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -67,26 +67,35 @@ class Student(nn.Module):
     Its own features are evaluated and shipped. Projections map them to the teacher's space, for losses that compare
     features directly. They are trained with the model and saved beside it.
 
+    Each further teacher of ``other_dims`` has projections of its own, which the state of a run keeps and a checkpoint
+    does not: only the first teacher's are saved beside the model.
+
     Attributes:
         config: open_clip model config, with ``token_embedding_rank`` if the token embedding is factorised.
+        teacher_dims: width of each teacher.
         shortens: True if token ids may be shorter than the context length.
     """
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], teacher_dim: int) -> None:
+    def __init__(
+        self, model: nn.Module, config: dict[str, Any], teacher_dim: int, other_dims: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.preprocess = Preprocess.of_model(model)
         self.embed_dim = embed_dim = int(config["embed_dim"])
-        self.teacher_dim = teacher_dim
+        self.teacher_dim, self.teacher_dims = teacher_dim, (teacher_dim, *other_dims)
         self.shortens = can_shorten(model)
         self._locked: list[nn.Module] = []
         same = embed_dim == teacher_dim
         self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
         self.text_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
+        # never the identity: the student's own space cannot be that of two teachers
+        towers = {tower: [nn.Linear(embed_dim, dim, bias=False) for dim in other_dims] for tower in ("image", "text")}
+        self.other_projections = nn.ModuleDict({tower: nn.ModuleList(each) for tower, each in towers.items()})
 
     def projections(self) -> dict[str, Tensor]:
-        """Return the weights of both projections by their names in a checkpoint; empty if the widths are equal."""
+        """Return the first teacher's projections by their names in a checkpoint; empty if the widths are equal."""
         named = (("image.weight", self.image_projection), ("text.weight", self.text_projection))
         return {name: module.weight for name, module in named if isinstance(module, nn.Linear)}
 
@@ -111,23 +120,29 @@ class Student(nn.Module):
         return shorten(tokens) if self.shortens and len(tokens) else tokens
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> StudentOutput:
-        """Run both towers and both projections on a batch. An image may have several captions.
+        """Run both towers and all projections on a batch. An image may have several captions.
 
-        Without tokens the text tower does not run, and no output depends on it.
+        Projected features of several teachers lie side by side, each normalised. Without tokens the text tower does
+        not run, and no output depends on it.
         """
         image = self.encode_image(pixels)
-        text, projected_text = image.new_zeros(0, self.embed_dim), image.new_zeros(0, self.teacher_dim)
+        text, projected_text = image.new_zeros(0, self.embed_dim), image.new_zeros(0, sum(self.teacher_dims))
         if len(tokens):
             text = self.encode_text(tokens)
-            projected_text = F.normalize(self.text_projection(text).float(), dim=-1)
+            projected_text = self._projected("text", self.text_projection, text)
         return StudentOutput(
             image,
             text,
-            F.normalize(self.image_projection(image).float(), dim=-1),
+            self._projected("image", self.image_projection, image),
             projected_text,
             self.model.logit_scale.exp(),  # type: ignore[operator]
             image.new_zeros(()) if self.logit_bias is None else self.logit_bias,
         )
+
+    def _projected(self, tower: str, first: nn.Module, rows: Tensor) -> Tensor:
+        """Return features in the space of each teacher, side by side, (batch, sum of the widths)."""
+        others = self.other_projections[tower].children()
+        return torch.cat([F.normalize(each(rows).float(), dim=-1) for each in (first, *others)], dim=-1)
 
     @property
     def logit_bias(self) -> Tensor | None:
@@ -248,7 +263,9 @@ def _checked_config(config: Any, name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], teacher_dim: int) -> Student:
+def build_student(
+    config: dict[str, Any], teacher_preprocess: dict[str, Any], teacher_dim: int, other_dims: Sequence[int] = ()
+) -> Student:
     """Build a student with random weights, seeded by torch's global generator.
 
     Args:
@@ -256,6 +273,7 @@ def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], te
         teacher_preprocess: open_clip ``preprocess_cfg`` of the teacher. The student takes all but the image size, so
             that it sees the same region and colours as its teacher.
         teacher_dim: width of the cached embeddings.
+        other_dims: width of those of each further teacher.
 
     Raises:
         UsageError: open_clip cannot build it, or the rank cannot be used.
@@ -267,7 +285,7 @@ def build_student(config: dict[str, Any], teacher_preprocess: dict[str, Any], te
         model = _create(f"local-dir:{folder}", load_weights=False, what="this student")
     if RANK_KEY in config:
         factorize(model, config[RANK_KEY], "student")
-    return Student(model, config, teacher_dim)
+    return Student(model, config, teacher_dim, other_dims)
 
 
 def save_student(student: Student, config: dict[str, Any], folder: Path, origin: dict[str, Any]) -> None:

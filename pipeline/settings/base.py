@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def comma_separated(value: Any) -> Any:
@@ -85,6 +85,32 @@ class StageConfig(BaseModel):
     """Settings of one stage: immutable, and unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CachesConfig(StageConfig):
+    """Settings of a stage that takes the caches of several teachers, ``cache`` the first of them."""
+
+    other_caches: tuple[str, ...] = Field(
+        (), description="Caches of further teachers over the same images and captions, each named by --cache too."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_caches(cls, settings: Any) -> Any:
+        """Take ``cache = [A, B]`` of a run file or command line for ``cache`` A and ``other_caches`` B."""
+        caches = settings.get("cache") if isinstance(settings, dict) else None
+        if not isinstance(caches, (list, tuple)) or not caches:
+            return settings
+        if len(caches) > 1 and settings.get("other_caches"):
+            raise ValueError("other_caches is set, and cache names several: set one of the two")
+        return settings | {"cache": caches[0]} | ({"other_caches": caches[1:]} if len(caches) > 1 else {})
+
+    @model_validator(mode="after")
+    def _check_caches_differ(self) -> Self:
+        caches = [getattr(self, "cache", None), *self.other_caches]
+        if twice := next((cache for cache in caches if caches.count(cache) > 1), None):
+            raise ValueError(f"cache {twice} is named twice: name the cache of another teacher")
+        return self
 
 
 def learned_split(config: Any, splits: Collection[str]) -> str:

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from teacher_cache.pipeline.settings.base import (
     AcceptMismatch,
+    CachesConfig,
     Checkpoint,
     Device,
     ImageRoot,
@@ -21,10 +22,14 @@ from teacher_cache.pipeline.settings.base import (
 from teacher_cache.storage.errors import UsageError
 
 
-class EvaluateConfig(StageConfig):
+class EvaluateConfig(CachesConfig):
     """Measure the cached teacher, and the student of a run, on one split."""
 
-    cache: str | None = Field(None, description="Folder or URL of a finished cache. Default: the run's.")
+    cache: str | None = Field(
+        None,
+        description="Folder or URL of a finished cache; again for other_caches. Default: the run's first.",
+        json_schema_extra={"repeatable": True},
+    )
     run: str | None = Field(None, description="Folder of a training run. Default: measure only the teacher.")
     checkpoint: Checkpoint = "last"
     split: MeasuredSplit = None

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from teacher_cache.pipeline.settings.base import (
     AcceptMismatch,
+    CachesConfig,
     Device,
     ImageRoot,
     LearnedSplit,
@@ -43,20 +44,23 @@ ReportTo = Annotated[
 ]
 
 
-class TrainConfig(StageConfig):
-    """Train a student from a finished cache. No teacher is loaded.
+class TrainConfig(CachesConfig):
+    """Train a student from a finished cache, or from those of several teachers. No teacher is loaded.
 
     A recipe (``teacher_cache.pipeline.settings.recipes``) fills the settings of ``RECIPE_SETTINGS`` that are absent
     or None. A config therefore always holds the numbers: explicit settings first, then the recipe's.
     """
 
-    cache: str = Field(description="Folder or URL of a finished cache.")
+    cache: str = Field(
+        description="Folder or URL of a finished cache; again for other_caches.",
+        json_schema_extra={"repeatable": True},
+    )
     student: StudentName
     out: str = Field(description="Folder to write the run into.")
     init: str | None = Field(
         None,
-        description="Checkpoint, folder of student inherit, or hf-hub:ORG/NAME whose weights to start from. The "
-        "architecture must be the same. Default: random weights.",
+        description="Checkpoint, folder of student inherit, or hf-hub:ORG/NAME whose weights to start from, of "
+        "the same architecture. Default: random weights.",
     )
     lock_image_unlocked_groups: int | None = Field(
         None,
@@ -91,6 +95,16 @@ class TrainConfig(StageConfig):
         ge=0,
         description="Number of captions per image in a step. The losses are averaged over them. 0: images alone, with "
         f"{_FOR_IMAGES}; the text tower keeps its weights. Default: 1, or 0 if no image has a caption.",
+    )
+    teacher_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (),
+        description="Weight of each teacher's losses, in the order of the caches; the losses are averaged by them. "
+        "Default: equal.",
+    )
+    unmatched: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="Images that another teacher's cache lacks, or of which it lacks a caption: refuse, or drop them "
+        "from the run.",
     )
     epochs: int = Field(10, gt=0, description="Number of passes over the split, with captions at random.")
     batch_size: int = Field(256, gt=1, description="Number of images per step, over all devices; at most the split's.")
@@ -180,6 +194,17 @@ class TrainConfig(StageConfig):
     select_every: int = Field(1, gt=0, description="Number of epochs between these measurements.")
     report_to: ReportTo = ("tensorboard",)
 
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """Locations of all caches, the first one first."""
+        return (self.cache, *self.other_caches)
+
+    @property
+    def teacher_shares(self) -> tuple[float, ...]:
+        """Share of each teacher in the loss, in the order of the caches; their sum is 1."""
+        weights = self.teacher_weights or (1.0,) * len(self.caches)
+        return tuple(weight / sum(weights) for weight in weights)
+
     def fitted(self, splits: Collection[str], count: Callable[[str], int]) -> TrainConfig:
         """Return the settings for a cache: its only split if none is set, and batches no larger than the split.
 
@@ -206,6 +231,11 @@ class TrainConfig(StageConfig):
             raise ValueError(f"batch_size {self.batch_size} cannot be shared evenly by {self.devices} devices")
         if self.lock_image_unlocked_groups is not None and self.init is None:
             raise ValueError("lock_image_unlocked_groups keeps the weights of init, and none is given: name one")
+        if self.teacher_weights and len(self.teacher_weights) != len(self.caches):
+            raise ValueError(
+                f"teacher_weights has {counted(len(self.teacher_weights), 'weight')} for "
+                f"{counted(len(self.caches), 'cache')}: give one for each"
+            )
         if self.select_split == self.split:
             raise ValueError(f"select_split {self.select_split!r} is the split to train on; name one it never sees")
         if self.captions_per_image == 0:

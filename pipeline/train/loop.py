@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,7 @@ from teacher_cache.pipeline.data.batches.inputs import InputLoader
 from teacher_cache.pipeline.data.batches.loader import Batch, BatchLoader
 from teacher_cache.pipeline.data.batches.pairs import PairOrder, views_used
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
-from teacher_cache.pipeline.data.batches.targets import CachedTeacher, TeacherSource
+from teacher_cache.pipeline.data.batches.targets import CachedTeacher, JoinedTeachers, TargetSource, TeacherSource
 from teacher_cache.pipeline.data.cores import loader_workers
 from teacher_cache.pipeline.data.service.fork_server import start_fork_server
 from teacher_cache.pipeline.evaluate.recall import mean_recall, recall_of_ranks
@@ -49,6 +50,7 @@ from teacher_cache.pipeline.train.step import TrainStep
 from teacher_cache.pipeline.train.stop_signals import StopRequests
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import log_fields, logger
+from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 _LOG = logger("train")
@@ -94,6 +96,9 @@ def train(
 ) -> TrainResult:
     """Train one student on one split of a finished cache, to the end of the last epoch.
 
+    Caches of further teachers (``config.other_caches``) are joined to it by content; the losses are computed for each
+    teacher and averaged by ``config.teacher_weights``.
+
     A cache with one split is trained on without naming it, and a batch is no larger than the split; the record has the
     numbers that were used.
 
@@ -105,13 +110,15 @@ def train(
 
     Args:
         resume: resume the run in ``config.out``; a finished run is not changed.
-        teacher_source: function that makes the source of the targets. Default: the cache. With several devices it must
-            be picklable.
+        teacher_source: function that makes the source of the targets of each cache. Default: the cache. With several
+            devices it must be picklable.
 
     Raises:
-        CacheMismatchError: the cache differs from ``config.expect``, or from the one that the run began with.
-        UsageError: a setting cannot be used (unknown student, split or device, too few images, a run
-            in the folder already; for ``resume``: no run in the folder, or one with other settings).
+        CacheMismatchError: the cache differs from ``config.expect``, or from the one that the run began with; or
+            another teacher's cache has other crops.
+        UsageError: a setting cannot be used (unknown student, split or device, too few images, images that another
+            teacher's cache lacks, a run in the folder already; for ``resume``: no run in the folder, or one with other
+            settings).
         CacheError: the cache is missing, unfinished or damaged.
         FloatingPointError: the loss is not finite; the message names the rows of the batch.
     """
@@ -169,6 +176,10 @@ def _train_rank(
     run = RunFolder(config.out)
     begun = recorded_start(run) if resume else None
     cache = TrainingCache.open(config, run, begun)
+    if cache.dropped and not begun and fabric.global_rank == 0:
+        lacking = "%s: %s of split %r, or a caption of theirs, are not in %s: left out of the run"
+        dropped = counted(cache.dropped, "image")
+        _LOG.warning(lacking, config.cache, dropped, config.split, " or not in ".join(config.other_caches))
     student = new_student(fabric, cache, begun)
     images = training_images(cache, student)
     lock = run.locked() if fabric.global_rank == 0 else contextlib.nullcontext()
@@ -182,11 +193,12 @@ def _train_rank(
             evaluated = StudentImages(cache.reader, cache.source, student.preprocess)
         tokenizer = student_tokenizer(record.student_config)
         pinned = fabric.device.type == "cuda"
-        teacher = teacher_source(cache.reader) if teacher_source else CachedTeacher(cache.reader, pinned)
+        make = teacher_source or partial(CachedTeacher, pinned=pinned)
+        teachers = [make(reader) for reader in (cache.reader, *(other.reader for other in cache.others))]
         with closing(
             InputLoader(cache.reader, tokenizer, images, evaluated, workers, fabric.device, config.window_chunks)
         ) as inputs:
-            _Trainer(fabric, cache, inputs, teacher, run, record, student, progress).train()
+            _Trainer(fabric, cache, inputs, teachers, run, record, student, progress).train()
         fabric.barrier()
 
 
@@ -206,7 +218,7 @@ class _Trainer:
         fabric: Fabric,
         cache: TrainingCache,
         inputs: InputLoader,
-        teacher: TeacherSource,
+        teachers: Sequence[TeacherSource],
         run: RunFolder,
         record: RunRecord,
         student: Student,
@@ -225,19 +237,20 @@ class _Trainer:
             views_used(cache.reader, config.views),
             config.captions_per_image,
         )
-        self._loader = BatchLoader(order, inputs, teacher, fabric.global_rank, fabric.world_size)
+        targets: TargetSource = JoinedTeachers(teachers, cache.others) if cache.others else teachers[0]
+        self._loader = BatchLoader(order, inputs, targets, fabric.global_rank, fabric.world_size)
         _prepare(student, config, fabric, inputs)
         fused = fabric.device.type == "cuda"
         self._model, optimizer = fabric.setup(student, adamw(student, config.learning_rate, config.weight_decay, fused))
         average = WeightAverage(student, config.ema_decay) if config.ema_decay else None
         queue = None
         if config.losses.get("queue", 0) > 0:
-            queue = TeacherQueue(config.queue_rows, cache.reader.embed_dim, fabric.device)
+            queue = TeacherQueue(config.queue_rows, sum(student.teacher_dims), fabric.device)
         point = ResumePoint(cache_manifest_digest=record.cache_manifest_digest)
         self._state = TrainState(student, optimizer.optimizer, average, queue, point)
         if record.checkpoint is not None:
             load_resume_point(run.path / record.checkpoint, self._state)
-        self._step = TrainStep(config, fabric, self._model, student, optimizer, teacher, self._total_steps, queue)
+        self._step = TrainStep(config, fabric, self._model, student, optimizer, teachers, self._total_steps, queue)
         self._late: LateValues | None = None
         self._writer = None
         several = fabric.world_size > 1

@@ -12,6 +12,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from pydantic import ValidationError
 
+from teacher_cache.pipeline.data.batches.joined_caches import JoinedCache, join_caches, require_same_crops
 from teacher_cache.pipeline.data.batches.pairs import describe_views, views_used
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
@@ -19,7 +20,7 @@ from teacher_cache.pipeline.data.images.preprocess import handed_on
 from teacher_cache.pipeline.data.images.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.models.run_record import RunRecord
+from teacher_cache.pipeline.models.run_record import OtherTeacher, RunRecord
 from teacher_cache.pipeline.models.student import (
     MAX_LOG_LOGIT_SCALE,
     Student,
@@ -36,6 +37,7 @@ from teacher_cache.storage.files.location import absolute_location, open_files
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.observe.logs import logger
+from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.rows import RowSet
 
@@ -44,20 +46,28 @@ _WAY_OUT = (
     "which every checkpoint then records."
 )
 
+_DROP = "To train on the images that all caches have: --set unmatched=drop."
 _LOG = logger("train")
 
 _FILES = ("run.json", "origin.json")
 
 
 def fit_to_cache(config: TrainConfig) -> TrainConfig:
-    """Return the settings with the split and the batch size that the cache allows, see ``TrainConfig.fitted``.
+    """Return the settings with the split and the batch size that the caches allow, see ``TrainConfig.fitted``.
 
     Raises:
         UsageError: the split is unknown, or has too few images.
         CacheError: the cache is missing, unfinished or damaged.
     """
-    reader = EmbeddingReader(config.cache)
-    return config.fitted(reader.identity.dataset.splits, lambda split: len(reader.row_set(split)))
+    reader, *others = (EmbeddingReader(cache) for cache in config.caches)
+
+    def count(split: str) -> int:
+        rows = reader.row_set(split)
+        if config.unmatched == "drop":  # else all of them are there, or the run is refused
+            _join(config, reader, others, rows)
+        return len(rows)
+
+    return config.fitted(reader.identity.dataset.splits, count)
 
 
 def fit_to_captions(config: TrainConfig) -> TrainConfig:
@@ -88,10 +98,12 @@ def recorded_start(run: RunFolder) -> RunRecord | None:
 
 @dataclass(frozen=True)
 class TrainingCache:
-    """A cache opened and checked for one run.
+    """The cache of a run, and those of further teachers, opened and checked.
 
     Attributes:
         rows: rows of the training images.
+        others: the caches of further teachers.
+        dropped: number of images of the split that another teacher's cache lacks.
         accepted: differences from the expected identity that the settings accept.
     """
 
@@ -99,24 +111,28 @@ class TrainingCache:
     rows: RowSet
     config: TrainConfig
     accepted: tuple[str, ...] = ()
+    others: tuple[JoinedCache, ...] = ()
+    dropped: int = 0
 
     @classmethod
     def open(cls, config: TrainConfig, run: RunFolder, begun: RunRecord | None) -> TrainingCache:
-        """Open the cache of a new run, or the same cache that ``begun`` learned from.
+        """Open the caches of a new run, or the same caches that ``begun`` learned from.
 
         Raises:
-            CacheMismatchError: the cache differs from the expected one, or from the run's.
-            UsageError: a split cannot be used.
+            CacheMismatchError: the cache differs from the expected one, or from the run's; or two teachers' crops do.
+            UsageError: a split cannot be used, or another teacher's cache lacks images or captions.
         """
-        reader = _opened(run, config.cache, begun)
+        reader, *others = _opened(run, config, begun)
         accepted: tuple[str, ...] = ()
         if config.expect is not None and begun is None:
             expected = expected_identity(config.expect)
             accepted = reader.identity.require(expected, config.cache, _WAY_OUT, config.accept_mismatch)
-        teacher = reader.identity.teacher
-        if config.losses.get("sigmoid_relational", 0) > 0 and teacher.logit_bias is None:
+        biased = [(each.location, each.identity.teacher) for each in (reader, *others)]
+        for cache, teacher in biased if config.losses.get("sigmoid_relational", 0) > 0 else ():
+            if teacher.logit_bias is not None:
+                continue
             raise UsageError(
-                f"{config.cache}: loss sigmoid_relational learns the teacher's probability of each pair, and "
+                f"{cache}: loss sigmoid_relational learns the teacher's probability of each pair, and "
                 f"{teacher.name} has no logit bias: it did not learn by SigLIP's loss. Use relational, or the cache of "
                 "a SigLIP teacher"
             )
@@ -125,7 +141,12 @@ class TrainingCache:
             reader.require_captions(rows, IMAGES_ALONE)
         if config.select_split is not None and not len(reader.image_rows(config.select_split)):
             raise UsageError(f"{config.cache}: no image of select_split {config.select_split!r} has an embedding")
-        return cls(reader, rows, config, accepted)
+        used = views_used(reader, config.views)
+        for other in others:
+            require_same_crops(reader, other, used)
+        images = len(rows)
+        joined = _join(config, reader, others, rows)
+        return cls(reader, rows, config, accepted, joined, images - len(rows))
 
     @property
     def source(self) -> ImageSource:
@@ -138,9 +159,24 @@ class TrainingCache:
         return EvaluationSplit.of(self.reader, str(self.config.select_split))
 
 
-def _opened(run: RunFolder, cache: str, begun: RunRecord | None) -> EmbeddingReader:
+def _join(
+    config: TrainConfig, reader: EmbeddingReader, others: list[EmbeddingReader], rows: RowSet
+) -> tuple[JoinedCache, ...]:
+    captions = config.captions_per_image > 0
+    return join_caches(reader, others, rows, captions, drop=config.unmatched == "drop", way_out=_DROP)
+
+
+def _opened(run: RunFolder, config: TrainConfig, begun: RunRecord | None) -> list[EmbeddingReader]:
+    digests = [None] * len(config.caches) if begun is None else list(begun.manifest_digests)
+    if len(digests) != len(config.caches):
+        raise UsageError(
+            f"{run.path}: learned from {counted(len(digests), 'cache')} so far, and {len(config.caches)} are named: "
+            "name the same ones in their order, or train anew with another --out"
+        )
     try:
-        return EmbeddingReader(cache, manifest_digest=None if begun is None else begun.cache_manifest_digest)
+        return [
+            EmbeddingReader(cache, manifest_digest=digest) for cache, digest in zip(config.caches, digests, strict=True)
+        ]
     except CacheMismatchError as error:
         raise CacheMismatchError(
             f"{error} {run.path} learned from that one so far: go on with it, or train anew with another --out."
@@ -156,7 +192,8 @@ def new_student(fabric: Fabric, cache: TrainingCache, begun: RunRecord | None) -
     config, reader = cache.config, cache.reader
     fabric.seed_everything(config.seed, verbose=False)
     architecture = begun.student_config if begun is not None else _with_bias(config, reader.identity.teacher)
-    student = build_student(architecture, handed_on(reader.identity.preprocess), reader.manifest.layout.embed_dim)
+    others = [other.reader.embed_dim for other in cache.others]
+    student = build_student(architecture, handed_on(reader.identity.preprocess), reader.embed_dim, others)
     if config.init is not None and begun is None:
         load_initial(student, config.init)
     if config.lock_image_unlocked_groups is not None:
@@ -197,23 +234,37 @@ def new_record(cache: TrainingCache, student: Student, begun: RunRecord | None) 
     """Return the record of the run: a new one, or ``begun`` with the current settings."""
     config, reader = cache.config, cache.reader
     # absolute: the run may be measured from another folder
-    places = {"cache": absolute_location(config.cache), "pixels": config.pixels and absolute_location(config.pixels)}
+    places: dict[str, Any] = {
+        "cache": absolute_location(config.cache),
+        "pixels": config.pixels and absolute_location(config.pixels),
+    }
+    places["other_caches"] = tuple(map(absolute_location, config.other_caches))
     config = config.model_copy(update=places)
     image_root = absolute_location(cache.source.root)
     if begun is not None:
         resumed = (*begun.resumed_at, begun.steps)
         return begun.model_copy(update={"config": config, "image_root": image_root, "resumed_at": resumed})
+    others = [other.reader for other in cache.others]
     return RunRecord(
         config=config,
         student_config=student.config,
         student_parameters=student.num_parameters,
-        teacher=reader.identity.teacher.name,
+        teacher=" and ".join(each.identity.teacher.name for each in (reader, *others)),
         identity=reader.identity,
         accepted_mismatches=cache.accepted,
         cache_manifest_digest=reader.manifest.digest,
+        others=tuple(
+            OtherTeacher(
+                teacher=other.identity.teacher.name,
+                cache_manifest_digest=other.manifest.digest,
+                identity=other.identity,
+            )
+            for other in others
+        ),
         view=describe_views(reader, config.views),
         image_root=image_root,
         train_images=len(cache.rows),
+        dropped_images=cache.dropped,
         initial_weights_sha256=digest_tensors(student.state_dict()),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,7 @@ class TrainStep:
 
     Args:
         model: the student as set up by Fabric, with its optimizer.
-        teacher: source of the targets, for its logit scale and bias.
+        teachers: source of each teacher's targets, for its logit scale and bias.
         queue: queue of the teacher's rows for the queue loss; the same on every rank.
     """
 
@@ -50,13 +50,13 @@ class TrainStep:
         model: Any,
         student: Student,
         optimizer: Any,
-        teacher: TeacherSource,
+        teachers: Sequence[TeacherSource],
         total_steps: int,
         queue: TeacherQueue | None = None,
     ) -> None:
         self._config, self._fabric, self._model, self._student = config, fabric, model, student
         self._memory_format, self._queue = image_memory_format(student.model), queue
-        self._optimizer, self._teacher, self._total_steps = optimizer, teacher, total_steps
+        self._optimizer, self._teachers, self._total_steps = optimizer, teachers, total_steps
         # 1 from the first loss or gradient on that is not finite
         self._bad = torch.zeros((), device=fabric.device)
 
@@ -161,14 +161,33 @@ class TrainStep:
         return output
 
     def _loss(self, features: tuple[Tensor, ...], scalars: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Any:
-        """Return the mean of the losses of all images with their first caption, their second caption, ...
+        """Return the mean over the teachers, by their shares, of the losses with each teacher.
 
-        ``scalars`` are the student's logit scale and bias.
+        ``scalars`` are the student's logit scale and bias. ``teacher`` and the projected features have the rows of all
+        teachers side by side.
+        """
+        image, text, *projected = features
+        queue = self._queue.rows() if self._queue is not None else ()
+        wide = [rows.split(self._student.teacher_dims, dim=-1) for rows in (*projected, *teacher, *queue)]
+        losses = [
+            self._loss_of(source, (image, text, *rows), scalars)
+            for source, *rows in zip(self._teachers, *wide, strict=True)
+        ]
+        totals, parts = zip(*losses, strict=True)
+
+        def mean(values: Iterable[Tensor]) -> Tensor:
+            shares = self._config.teacher_shares
+            return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum()
+
+        return mean(totals), {name: mean(part[name] for part in parts) for name in parts[0]}
+
+    def _loss_of(self, source: TeacherSource, features: tuple[Tensor, ...], scalars: tuple[Tensor, ...]) -> Any:
+        """Return the mean of the losses with one teacher, of all images with their first caption, their second, ...
+
         Without captions, the losses of the images alone.
         """
-        image, text, projected_image, projected_text = features
+        image, text, projected_image, projected_text, teacher_image, teacher_text, *queue = features
         logit_scale, logit_bias = scalars
-        teacher_image, teacher_text = teacher
         images = (image, projected_image, teacher_image)
         texts = (text, projected_text, teacher_text)
         by_caption = [rows.view(*teacher_text.shape[:2], rows.shape[-1]).unbind(1) for rows in texts]
@@ -182,12 +201,12 @@ class TrainStep:
                     projected,
                     taught,
                     logit_scale,
-                    self._teacher.logit_scale,
+                    source.logit_scale,
                     self._config.label_smoothing,
                     self._config.temperature,
-                    self._queue.rows() if self._queue is not None else None,
+                    (queue[0], queue[1]) if queue else None,
                     logit_bias,
-                    self._teacher.logit_bias or 0.0,
+                    source.logit_bias or 0.0,
                 ),
                 self._config.losses,
             )

@@ -62,6 +62,14 @@ class ContentIndex:
         caption_rows = self._found(self._pairs, pairs, missing)
         return ContentRows(self._owners[caption_rows], caption_rows)
 
+    def images_held(self, image_sha256: Sequence[str]) -> NDArray[np.int64]:
+        """Return the first row of each image by the sha256 of its stored bytes, (n,); -1 for none."""
+        return self._images.rows(image_sha256)
+
+    def captions_held(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Return the first row of each caption by its text, of whatever image, (n,); -1 for none."""
+        return self._captions.rows([text.strip() for text in texts])
+
     def _found(self, keys: _Keys, contents: Sequence[str], missing: Iterable[str]) -> NDArray[np.int64]:
         """Return the row of each content; an error has the entry of ``missing`` of the first one without a row."""
         rows = keys.rows(contents)

@@ -172,4 +172,4 @@ def fake_step(config: Any, student: Student) -> TrainStep:
     )
     teacher: Any = SimpleNamespace(logit_scale=100.0, logit_bias=None)
     optimizer = adamw(student, 1e-3, 0.1, fused=True)
-    return TrainStep(config, fabric, student, student, optimizer, teacher, 1)  # type: ignore[arg-type]
+    return TrainStep(config, fabric, student, student, optimizer, [teacher], 1)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from teacher_cache.pipeline.data.batches.inputs import InputLoader
 from teacher_cache.pipeline.data.batches.pairs import PairOrder, Pairs
-from teacher_cache.pipeline.data.batches.targets import TeacherSource, TeacherTargets
+from teacher_cache.pipeline.data.batches.targets import TargetSource, TeacherTargets
 
 
 class Batch(NamedTuple):
@@ -38,7 +38,7 @@ class BatchLoader:
     """
 
     def __init__(
-        self, order: PairOrder, inputs: InputLoader, teacher: TeacherSource, rank: int = 0, ranks: int = 1
+        self, order: PairOrder, inputs: InputLoader, teacher: TargetSource, rank: int = 0, ranks: int = 1
     ) -> None:
         self._order, self._inputs, self._teacher = order, inputs, teacher
         self._rank, self._ranks = rank, ranks

@@ -1,9 +1,9 @@
-"""Teacher's side of a batch: rows of a finished cache, or of another source."""
+"""Teacher's side of a batch: rows of a finished cache, of several joined ones, or of another source."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
-from contextlib import closing
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import tee
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teacher_cache.pipeline.data.batches.joined_caches import JoinedCache
 from teacher_cache.pipeline.data.batches.pairs import Pairs
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -22,22 +23,26 @@ class TeacherTargets:
     """Teacher's embeddings for one batch.
 
     Attributes:
-        image: (batch, teacher_dim) float32 or float16, normalised.
-        text: (batch, captions, teacher_dim), normalised, in the order of each image's captions.
+        image: (batch, teacher_dim) float32 or float16, normalised; of several teachers side by side, each normalised.
+        text: (batch, captions, teacher_dim), the same, in the order of each image's captions.
     """
 
     image: Tensor
     text: Tensor
 
 
-class TeacherSource(Protocol):
-    """Source of targets: the cache, or a running teacher."""
-
-    logit_scale: float
-    logit_bias: float | None
+class TargetSource(Protocol):
+    """Source of targets."""
 
     def targets(self, batches: Iterable[Pairs], /) -> Generator[TeacherTargets]:
         """Yield the targets of each batch, in order, for its views and captions."""
+
+
+class TeacherSource(TargetSource, Protocol):
+    """Source of one teacher's targets: the cache, or a running teacher."""
+
+    logit_scale: float
+    logit_bias: float | None
 
 
 class CachedTeacher:
@@ -71,3 +76,33 @@ class CachedTeacher:
     def _tensor(self, rows: NDArray[np.float16]) -> Tensor:
         tensor = torch.from_numpy(rows)
         return tensor.pin_memory() if self._pinned else tensor.float()
+
+
+class JoinedTeachers:
+    """Targets of several teachers for batches of the first one's cache, side by side in the order of the teachers.
+
+    Args:
+        sources: the first teacher's source, then one for each of ``joined``, for rows of its own cache.
+    """
+
+    def __init__(self, sources: Sequence[TargetSource], joined: Sequence[JoinedCache]) -> None:
+        self._sources, self._joined = sources, joined
+
+    def targets(self, batches: Iterable[Pairs]) -> Generator[TeacherTargets]:
+        """Yield the targets of each batch, in order; see :class:`CachedTeacher`."""
+        first, *others = tee(batches, len(self._sources))
+        shares = [first, *(map(cache.rows, each) for cache, each in zip(self._joined, others, strict=True))]
+        with ExitStack() as open_sources:
+            streams = [
+                open_sources.enter_context(closing(source.targets(share)))
+                for source, share in zip(self._sources, shares, strict=True)
+            ]
+            for by_teacher in zip(*streams, strict=True):
+                yield TeacherTargets(
+                    *(_side_by_side([getattr(each, tower) for each in by_teacher]) for tower in ("image", "text"))
+                )
+
+
+def _side_by_side(rows: list[Tensor]) -> Tensor:
+    wide = torch.cat(rows, dim=-1)
+    return wide.pin_memory() if rows[0].is_pinned() else wide

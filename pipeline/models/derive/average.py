@@ -109,11 +109,12 @@ def _require_alike(folders: list[RunFolder], records: list[RunRecord]) -> None:
                 f"from one --init, for example --init {folder.path / str(record.checkpoint)}, with another --seed each"
             )
         both = f"{folder.path} and {folders[0].path}"
-        if record.cache_manifest_digest != first.cache_manifest_digest:
-            raise UsageError(
-                f"{both}: one learned from {record.config.cache} with manifest {record.cache_manifest_digest[:12]}, "
-                f"the other from {first.config.cache} with {first.cache_manifest_digest[:12]}; name runs of one cache"
+        if record.manifest_digests != first.manifest_digests:
+            one, other = (
+                f"{' and '.join(each.config.caches)} with manifest {' and '.join(d[:12] for d in each.manifest_digests)}"
+                for each in (record, first)
             )
+            raise UsageError(f"{both}: one learned from {one}, the other from {other}; name runs of one cache")
         if apart := _apart(record, first):
             raise UsageError(
                 f"{both}: {apart}. The mean of students that began apart is worth nothing: train them from one --init, "

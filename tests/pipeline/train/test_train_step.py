@@ -65,7 +65,7 @@ class OneStep:
         self.student.model.visual.to(memory_format=image_memory_format(self.student.model))
         model, optimizer = fabric.setup(self.student, torch.optim.SGD(self.student.parameters(), lr=1.0))
         self.queue = TeacherQueue(self.config.queue_rows, reader.embed_dim) if self.config.queue_rows else None
-        step = TrainStep(self.config, fabric, model, self.student, optimizer, teacher, 1, self.queue)
+        step = TrainStep(self.config, fabric, model, self.student, optimizer, [teacher], 1, self.queue)
         (self.targets,) = teacher.targets([pairs])
         self.values: StepValues = step(0, self.pixels, self.tokens, self.targets, pairs).read()
 
