@@ -16,18 +16,8 @@ from teacher_cache.storage.format.identity import CacheIdentity
 
 _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
 # places, save intervals, waits and trackers: these may change when a run resumes
-_MAY_DIFFER = {
-    "cache",
-    "other_caches",
-    "out",
-    "image_root",
-    "pixels",
-    "device",
-    "workers",
-    "checkpoint_seconds",
-    "checkpoint_steps",
-}
-_MAY_DIFFER |= {"rank_timeout_seconds", "report_to"}
+_MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
+_MAY_DIFFER |= {"other_caches", "rank_timeout_seconds", "report_to"}
 
 # beside CHECKPOINT_CONFIG in a checkpoint; both names are open_clip's
 CHECKPOINT_WEIGHTS = "open_clip_model.safetensors"

@@ -234,11 +234,8 @@ def new_record(cache: TrainingCache, student: Student, begun: RunRecord | None) 
     """Return the record of the run: a new one, or ``begun`` with the current settings."""
     config, reader = cache.config, cache.reader
     # absolute: the run may be measured from another folder
-    places: dict[str, Any] = {
-        "cache": absolute_location(config.cache),
-        "pixels": config.pixels and absolute_location(config.pixels),
-    }
-    places["other_caches"] = tuple(map(absolute_location, config.other_caches))
+    places: dict[str, Any] = {"other_caches": tuple(map(absolute_location, config.other_caches))}
+    places |= {"cache": absolute_location(config.cache), "pixels": config.pixels and absolute_location(config.pixels)}
     config = config.model_copy(update=places)
     image_root = absolute_location(cache.source.root)
     if begun is not None:

@@ -111,7 +111,7 @@ def _require_alike(folders: list[RunFolder], records: list[RunRecord]) -> None:
         both = f"{folder.path} and {folders[0].path}"
         if record.manifest_digests != first.manifest_digests:
             one, other = (
-                f"{' and '.join(each.config.caches)} with manifest {' and '.join(d[:12] for d in each.manifest_digests)}"
+                " and ".join(map("{} with manifest {:.12}".format, each.config.caches, each.manifest_digests))
                 for each in (record, first)
             )
             raise UsageError(f"{both}: one learned from {one}, the other from {other}; name runs of one cache")

@@ -66,7 +66,7 @@ class Home:
 @pytest.fixture(scope="module")
 def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
     folder = tmp_path_factory.mktemp("several")
-    wide = make_model_folder(folder / "wide", seed=1, embed_dim=24)
+    wide = make_model_folder(folder / "wide", seed=1, embed_dim=24, init_logit_scale=3.4)
     first = make_cache(folder, tiny_teacher, views=2)
     second, turned, photos = folder / "second.cache", folder / "turned.cache", folder / "photos"
     with (photos / "captions.txt").open() as file:
@@ -74,8 +74,8 @@ def home(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
     kept = [line for line in lines if "0003" not in line[0] and line[1] != "number 5 again"]
     with (photos / "turned.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("path", "caption"), *reversed(kept)])
-    for cache, dataset in ((second, f"flickr:{photos}"), (turned, str(photos / "turned.csv"))):
-        settings: dict[str, Any] = {"batch_size": 8, "chunk_rows": 12, "device": "cpu", "views": 2}
+    for cache, dataset, chunk_rows in ((second, f"flickr:{photos}", 8), (turned, str(photos / "turned.csv"), 12)):
+        settings: dict[str, Any] = {"batch_size": 8, "chunk_rows": chunk_rows, "device": "cpu", "views": 2}
         precompute(PrecomputeConfig(dataset=dataset, teacher=f"local-dir:{wide}", cache=str(cache), **settings))
     teachers = {str(first): tiny_teacher, str(second): wide}
     return Home(folder, first, second, turned, make_student(folder / "student.json"), teachers)
@@ -101,6 +101,20 @@ def test_several_cached_teachers_train_as_the_live_ones_do(home: Home) -> None:
     assert cached != running
     assert running[-1]["loss"] < 0.95 * running[0]["loss"]
     assert digests == [cache_digest(cache) for cache in (home.first, home.second)]
+
+
+def test_the_losses_with_each_teacher_are_averaged_by_the_weights(home: Home) -> None:
+    """Each at its own logit scale: the first step of a run of both, told by those of runs of one each."""
+    settings: dict[str, Any] = {"losses": {"relational": 1.0, "sigmoid": 0.1}, "epochs": 1, "batch_size": 32}
+    alone = []
+    for cache in (home.first, home.second):
+        train(train_config(cache, home.student, home.folder / f"of-{cache.stem}", **settings))
+        alone.append(trace(home.folder / f"of-{cache.stem}")[0])
+    train(home.config("of-both", teacher_weights=(3.0, 1.0), **settings))
+    (both,) = trace(home.folder / "of-both")
+    assert abs(alone[0]["relational"] - alone[1]["relational"]) > 0.01
+    for name in ("loss", "relational", "sigmoid"):
+        assert both[name] == pytest.approx(0.75 * alone[0][name] + 0.25 * alone[1][name], rel=1e-5)
 
 
 def test_a_batch_has_the_rows_of_its_own_images_and_captions_by_content(home: Home) -> None:
