@@ -270,7 +270,7 @@ def test_each_teacher_is_measured_and_all_together(home: Home) -> None:
         assert result.together[direction] == wanted
     assert result.together not in [measured.teacher for measured in alone]
     assert digests == [cache_digest(cache) for cache in (home.first, home.second)]
-    with pytest.raises(UsageError, match=r"turned\.cache: of the 40 images .*Or measure it by itself\.$"):
+    with pytest.raises(UsageError, match=r"turned\.cache: of the 32 images .*Or measure it by itself\.$"):
         measure_others(EvaluationSplit.of(split.reader, "train"), (images, captions), [str(home.turned)], "cpu")
 
 
