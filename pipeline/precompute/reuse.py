@@ -298,7 +298,8 @@ def _places(
 ) -> NDArray[np.int64]:
     """Return the first position of each value of a column in the same column of another cache; -1 if it is missing."""
     # both columns are freed afterwards: only the positions stay in memory
-    among = long_texts(read_table(have.files, have.manifest, table, [name])[name]).combine_chunks()
+    parts = [chunk for part in have.column(table, name) for chunk in long_texts(part).chunks]
+    among = pa.chunked_array(parts, pa.large_string()).combine_chunks()
     positions = pc.index_in(long_texts(column(table, name)), value_set=among)
     places: NDArray[np.int64] = pc.fill_null(positions, _NOWHERE).to_numpy().astype(np.int64)
     return places

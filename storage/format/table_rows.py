@@ -26,7 +26,8 @@ from teacher_cache.storage.format.tables import (
     table_keys,
 )
 
-_HELD_ROWS = 2 * ROWS_PER_GROUP  # on both sides of a border: some chunks are prepared while earlier ones are written
+HELD_ROWS = 2 * ROWS_PER_GROUP
+"""Rows that stay in memory: on both sides of a border, as some chunks are prepared while earlier ones are written."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ class TableRows:
     def held_rows(self) -> int:
         """Number of rows in memory."""
         return sum(group.num_rows for group in self._groups.values())
+
+    def drop_rows(self) -> None:
+        """Drop the rows in memory. Files stay open."""
+        with self._lock:
+            self._groups.clear()
 
     def read(self, rows: range) -> pa.Table:
         """Return a range of rows.
@@ -156,7 +162,7 @@ class TableRows:
         if at not in self._groups:
             part = self._part(number)
             coming = int(np.diff(part.starts)[group])
-            while self._groups and self.held_rows + coming > _HELD_ROWS:
+            while self._groups and self.held_rows + coming > HELD_ROWS:
                 self._groups.popitem(last=False)
             self._groups[at] = self._read(number, part, group)
             # arrow's allocator otherwise keeps what was freed, and ever more of it

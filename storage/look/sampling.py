@@ -80,12 +80,11 @@ def stored_rows(
     Raises:
         IndexError, CacheCorruptError, CacheAccessError, CacheUnreachableError: as ``EmbeddingReader.chunk``.
     """
-    size = reader.manifest.layout.chunk_rows(tower)
-    parts = []
-    chunks = np.unique(rows // size)
-    for number, chunk in enumerate(chunks):
-        in_chunk = rows[np.searchsorted(rows, chunk * size) : np.searchsorted(rows, (chunk + 1) * size)]
-        parts.append(reader.chunk(ChunkRef(tower, view, int(chunk)), array)[in_chunk - chunk * size])
+    places = reader.parts.places(tower)
+    at = places.at(rows, np.array(view))
+    parts, chunks = [], list(places.by_chunk(at))
+    for number, (ref, positions) in enumerate(chunks):
+        parts.append(reader.chunk(ref, array)[at[positions] % places.chunk_rows])
         progress(number + 1, len(chunks))
     if parts:
         return np.concatenate(parts)
@@ -108,7 +107,7 @@ def row_blocks(
         progress: called with (chunks read, chunks in all).
     """
     layout = reader.manifest.layout
-    count = -(-layout.rows(tower) // layout.chunk_rows(tower))
+    count = reader.parts.places(tower).chunks
     chunks = np.arange(count)
     if most is not None and layout.rows(tower) > most:
         drawn = max(1, most // layout.chunk_rows(tower))
@@ -117,5 +116,5 @@ def row_blocks(
         ref = ChunkRef(tower, view if tower == "image" else 0, int(chunk))
         values = reader.chunk(ref)
         usable = ~np.isnan(values[:, 0])
-        yield np.asarray(ref.rows(layout), np.int64)[usable], values[usable]
+        yield np.asarray(reader.parts.rows(ref), np.int64)[usable], values[usable]
         progress(number + 1, len(chunks))

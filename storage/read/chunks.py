@@ -18,9 +18,10 @@ from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef, ObjectDigest, all_chunks
 from teacher_cache.storage.format.int8 import unit_dequantized
 from teacher_cache.storage.format.layout import ARRAYS, SCALE, Tower, chunk_shape
-from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.row_rules import has_nan, is_nan
 from teacher_cache.storage.read.chunk_cache import ChunkMemory
+from teacher_cache.storage.read.part_commits import PartCommits
+from teacher_cache.storage.read.parts import Part, Parts
 from teacher_cache.storage.read.rows import RowPlaces
 
 if TYPE_CHECKING:
@@ -35,24 +36,25 @@ class ChunkSource:
     Threads may share it.
 
     Args:
-        files, manifest: The cache.
+        parts: The cache, or several that are read as one.
         memory_bytes: Budget of the chunks that :meth:`chunk` keeps in memory.
-        commits: Commit records of this manifest, if the caller has read them. Default: read at first use.
+        commits: Commit records of each part, if the caller has read them. Default: read at first use.
 
     Attributes:
+        location, layout: Of the parts.
+        files: Files of the first part, which tell where all are: in folders, or in a store.
         objects_read, bytes_read: Number of chunk objects read so far, and their bytes.
         mapped: Files of each array that stay mapped after a stream, for the next one.
     """
 
-    def __init__(
-        self, files: CacheFiles, manifest: CacheManifest, memory_bytes: int, commits: CommitRecords | None = None
-    ) -> None:
-        self.files, self.manifest, self.layout = files, manifest, manifest.layout
+    def __init__(self, parts: Parts, memory_bytes: int, commits: Sequence[CommitRecords] | None = None) -> None:
+        self.parts, self.location, self.layout = parts, parts.location, parts.layout
+        self.files = parts.members[0].files
         self.memory_bytes = memory_bytes
         self.objects_read = self.bytes_read = 0
         self.mapped: dict[tuple[Tower, str], MappedArray] = {}
-        self._memory = ChunkMemory(memory_bytes, files.location)
-        self._commits = commits
+        self._memory = ChunkMemory(memory_bytes, self.location)
+        self._commits = None if commits is None else self._as_one(commits)
         self._proven: set[tuple[ChunkRef, str]] = set()
         self._scales: dict[ChunkRef, NDArray[np.float32]] = {}
         self._lock, self._commits_lock = threading.Lock(), threading.Lock()
@@ -63,12 +65,13 @@ class ChunkSource:
         return self._memory.nbytes
 
     @property
-    def commits_read(self) -> CommitRecords | None:
-        """Commit records; None if they were not read yet."""
-        return self._commits
+    def commits_read(self) -> Sequence[CommitRecords] | None:
+        """Commit records of each part; None if they were not read yet."""
+        commits = self._commits
+        return commits.records if isinstance(commits, PartCommits) else None if commits is None else [commits]
 
     @property
-    def commits(self) -> CommitRecords:
+    def commits(self) -> CommitRecords | PartCommits:
         """Commit records, proven against the seal. Read once, by one thread.
 
         Raises:
@@ -81,26 +84,15 @@ class ChunkSource:
                     self._commits = self._read_commits()
         return self._commits
 
-    def _read_commits(self) -> CommitRecords:
-        commits, location = CommitRecords(self.manifest), self.files.location
-        try:
-            digest = commits.read(self.files)
-        except CacheCorruptError as error:
-            raise CacheCorruptError(f"{error}. {_REMEDY}") from error
-        except OSError as error:
-            raise read_error(f"{location}/{COMMITS}", error) from error
-        missing = [ref.commit_key for ref in all_chunks(self.manifest.layout) if ref not in commits]
-        if missing:
-            raise CacheCorruptError(f"{location}/{missing[0]}: missing from a sealed cache. {_REMEDY}")
-        if self.manifest.seal is None or digest != self.manifest.seal.commits_sha256:
-            raise CacheCorruptError(
-                f"{location}: the commit records are not those that the cache was sealed with. {_REMEDY}"
-            )
-        return commits
+    def _read_commits(self) -> CommitRecords | PartCommits:
+        return self._as_one([*in_parallel(self.files, _read_commits, self.parts.members, CHUNKS_AT_ONCE)])
+
+    def _as_one(self, records: Sequence[CommitRecords]) -> CommitRecords | PartCommits:
+        return records[0] if len(records) == 1 else PartCommits(self.parts, records)
 
     def places(self, tower: Tower) -> RowPlaces:
         """Return the places of a tower's rows."""
-        return RowPlaces.of(self.files.location, self.layout, tower)
+        return self.parts.places(tower)
 
     def require_array(self, tower: Tower, array: str) -> None:
         """Check that a tower has an array.
@@ -110,7 +102,7 @@ class ChunkSource:
         """
         if array not in ARRAYS[tower]:
             names = ", ".join(ARRAYS[tower])
-            raise ValueError(f"{self.files.location}: no array {array!r} of {tower} rows, there are {names}")
+            raise ValueError(f"{self.location}: no array {array!r} of {tower} rows, there are {names}")
 
     def require_chunk(self, ref: ChunkRef) -> None:
         """Check that the cache has a chunk.
@@ -119,11 +111,16 @@ class ChunkSource:
             IndexError: There is no such chunk.
         """
         if ref not in self.commits:
-            raise IndexError(f"{self.files.location}: no chunk {ref.name} that can be read")
+            raise IndexError(f"{self.location}: no chunk {ref.name} that can be read")
 
-    def key(self, ref: ChunkRef, array: str) -> str:
-        """Return the key of a chunk's object."""
-        return ref.object_keys(self.layout)[array]
+    def object(self, ref: ChunkRef, array: str) -> tuple[CacheFiles, str]:
+        """Return the files and the key of a chunk's object."""
+        number, own = self.parts.local(ref)
+        return self.parts.members[number].files, own.object_keys(self.layout)[array]
+
+    def _where(self, ref: ChunkRef, array: str) -> str:
+        files, key = self.object(ref, array)
+        return f"{files.location}/{key}"
 
     def digest(self, ref: ChunkRef, array: str) -> ObjectDigest:
         """Return the digests of a chunk's object, from its commit record."""
@@ -136,9 +133,9 @@ class ChunkSource:
             CacheCorruptError: The chunk is missing or damaged, or holds NaN where no row was quarantined.
             CacheAccessError, CacheUnreachableError: It cannot be read.
         """
-        where = f"{self.files.location}/{self.key(ref, array)}"
+        where, (files, key) = self._where(ref, array), self.object(ref, array)
         try:
-            data = self.files.read_buffer(self.key(ref, array))
+            data = files.read_buffer(key)
         except FileNotFoundError as error:
             raise CacheCorruptError(f"{where}: missing, though committed. {_REMEDY}") from error
         except OSError as error:
@@ -181,7 +178,7 @@ class ChunkSource:
         digest, first_time = self.digest(ref, array), (ref, array) not in self._proven
         if not first_time and not prove_again and int.from_bytes(checksum, "little") == digest.crc32c:
             return
-        where = f"{self.files.location}/{self.key(ref, array)}"
+        where = self._where(ref, array)
         any_nan = prove_body(body, checksum, digest, where, look_for_nan=first_time)
         if first_time:
             self._note_proven(ref, array, body, any_nan)
@@ -189,7 +186,7 @@ class ChunkSource:
     def _note_proven(self, ref: ChunkRef, array: str, values: NDArray[Any], any_nan: bool) -> None:
         """Check that only quarantined rows are NaN, and remember that the chunk was proven."""
         if any_nan:
-            where, rows = f"{self.files.location}/{self.key(ref, array)}", ref.rows(self.layout)
+            where, rows = self._where(ref, array), self.parts.rows(ref)
             if array == SCALE:
                 raise CacheCorruptError(f"{where}: holds NaN. {_REMEDY}")
             table = values[: len(rows)].reshape(len(rows), -1)
@@ -216,7 +213,7 @@ class ChunkSource:
 
     def quarantined_rows(self, ref: ChunkRef) -> NDArray[np.int64]:
         """Return the quarantined rows of a chunk, counted from its first row."""
-        first = ref.rows(self.layout).start
+        first = self.parts.rows(ref).start
         return np.array([row.row - first for row in self.commits.quarantined(ref)], np.int64)
 
     def quarantined_chunks(self, tower: Tower) -> set[ChunkRef]:
@@ -230,14 +227,16 @@ class ChunkSource:
             CacheCorruptError: A row was; the message names the first.
         """
         bad: list[int] = []
-        for ref, positions in self.places(tower).by_chunk(rows, views):
-            within = rows[positions] - ref.rows(self.layout).start
+        places = self.places(tower)
+        at = places.at(rows, views)
+        for ref, positions in places.by_chunk(at):
+            within = at[positions] % places.chunk_rows
             bad += positions[np.isin(within, self.quarantined_rows(ref))].tolist()
         if bad:
-            at = min(bad)
-            view = f", view {np.broadcast_to(views, rows.shape)[at]}," if views.any() else ""
+            first = min(bad)
+            view = f", view {np.broadcast_to(views, rows.shape)[first]}," if views.any() else ""
             raise CacheCorruptError(
-                f"{self.files.location}: {tower} row {rows[at]}{view} was quarantined and has no {array}"
+                f"{self.location}: {tower} row {rows[first]}{view} was quarantined and has no {array}"
             )
 
     def take(
@@ -247,11 +246,37 @@ class ChunkSource:
         self.require_array(tower, array)
         places = self.places(tower)
         rows, views = places.check(rows, view)
-        shape = chunk_shape(self.layout, tower, array)
-        out = np.empty((len(rows), *shape[1:]), given_dtype(self.layout, tower, array))
-        parts = list(places.by_chunk(rows, views))
-        for values, (ref, positions) in zip(self.chunks([ref for ref, _ in parts], array), parts, strict=True):
-            out[positions] = self.dequantized(ref, values[rows[positions] - ref.chunk * places.chunk_rows])
-        if any(self.commits.quarantined(ref) for ref, _ in parts):
+        at = places.at(rows, views)
+        out = self.take_places(tower, at, array)
+        if any(self.commits.quarantined(ref) for ref, _ in places.by_chunk(at)):
             self.require_encoded(tower, rows, views, array)
         return out
+
+    def take_places(self, tower: Tower, at: NDArray[np.int64], array: str) -> NDArray[Any]:
+        """Return rows by their places, as :meth:`take` does, but quarantined ones too."""
+        places, shape = self.places(tower), chunk_shape(self.layout, tower, array)
+        out = np.empty((len(at), *shape[1:]), given_dtype(self.layout, tower, array))
+        parts = list(places.by_chunk(at))
+        for values, (ref, positions) in zip(self.chunks([ref for ref, _ in parts], array), parts, strict=True):
+            out[positions] = self.dequantized(ref, values[at[positions] % places.chunk_rows])
+        return out
+
+
+def _read_commits(part: Part) -> CommitRecords:
+    """Read the commit records of a part, and prove them against its seal."""
+    files, manifest = part.files, part.manifest
+    commits = CommitRecords(manifest)
+    try:
+        digest = commits.read(files)
+    except CacheCorruptError as error:
+        raise CacheCorruptError(f"{error}. {_REMEDY}") from error
+    except OSError as error:
+        raise read_error(f"{files.location}/{COMMITS}", error) from error
+    missing = [ref.commit_key for ref in all_chunks(manifest.layout) if ref not in commits]
+    if missing:
+        raise CacheCorruptError(f"{files.location}/{missing[0]}: missing from a sealed cache. {_REMEDY}")
+    if manifest.seal is None or digest != manifest.seal.commits_sha256:
+        raise CacheCorruptError(
+            f"{files.location}: the commit records are not those that the cache was sealed with. {_REMEDY}"
+        )
+    return commits

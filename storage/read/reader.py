@@ -1,4 +1,4 @@
-"""A finished cache: its rows by number, its tables, and the captions of its images."""
+"""A finished cache, or several read as one: rows by number, tables, and the captions of images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, UsageError
-from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.files.protocol import CacheFiles
+from teacher_cache.storage.errors import CacheCorruptError, UsageError
 from teacher_cache.storage.files.transient import read_error
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import (
@@ -25,13 +23,13 @@ from teacher_cache.storage.format.commits import (
 )
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest
-from teacher_cache.storage.format.manifest_file import read_manifest, require_sealed
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, ROWS_PER_GROUP, SAMPLES, read_table
 from teacher_cache.storage.read.caption_index import CaptionIndex
 from teacher_cache.storage.read.chunks import ChunkSource
 from teacher_cache.storage.read.content_index import ContentIndex, ContentRows
+from teacher_cache.storage.read.part_tables import PartTables
+from teacher_cache.storage.read.parts import Parts, open_parts
 from teacher_cache.storage.read.resident import ResidentRows, load_resident
 from teacher_cache.storage.read.rows import RowSet
 from teacher_cache.storage.read.stream import Batch, Prove, stream_rows
@@ -40,7 +38,7 @@ _DEFAULT_MEMORY_BYTES = 2 << 30
 
 
 class EmbeddingReader:
-    """A sealed cache, for training and evaluation.
+    """A sealed cache, or several of one teacher that are read as one, for training and evaluation.
 
     Chunks are read whole, proven, and kept in memory up to ``memory_bytes`` (LRU), so a cache that fits is read once.
     Streams of a local cache also keep up to ``memory_bytes`` of each array memory-mapped. Threads may share a reader:
@@ -48,6 +46,8 @@ class EmbeddingReader:
     process.
 
     Attributes:
+        parts: The cache, or the caches that are read as one.
+        manifest: Manifest of the cache; of several one that stands for all.
         chunks: Chunks of the cache, for code that reads whole chunks.
     """
 
@@ -56,31 +56,32 @@ class EmbeddingReader:
         location: str,
         memory_bytes: int = _DEFAULT_MEMORY_BYTES,
         manifest_digest: str | None = None,
-        manifest: CacheManifest | None = None,
-        commits: CommitRecords | None = None,
+        parts: Parts | None = None,
+        commits: Sequence[CommitRecords] | None = None,
     ) -> None:
         """Open the cache; reads the manifest only.
 
         Args:
-            location: Folder or URL of the cache.
+            location: Folder or URL of the cache. A ``*`` in its last name stands for parts that are read as one:
+                ``parts/*.cache``. Their rows follow each other in the order of the names, 9 before 10.
             memory_bytes: Budget of the chunks that stay in memory.
             manifest_digest: Digest that the manifest must have.
-            manifest: Manifest of this cache, if the caller has read it.
-            commits: Its commit records, if the caller has read them.
+            parts: The cache, if the caller has opened it.
+            commits: Commit records of each part, if the caller has read them.
 
         Raises:
             CacheNotFoundError, CacheFormatError, CacheCorruptError: There is no cache, or it cannot be read.
             CacheIncompleteError: The cache is not sealed; the message says how many chunks are committed.
-            CacheMismatchError: The manifest has another digest.
+            CacheMismatchError: The manifest has another digest, or parts are not of one identity and layout.
         """
         self.location = location
-        self.files = open_files(location)
-        self.manifest = manifest or _sealed_manifest(self.files, manifest_digest)
-        self.chunks = ChunkSource(self.files, self.manifest, memory_bytes, commits)
+        self.parts = parts or open_parts(location, manifest_digest)
+        self.manifest = self.parts.manifest
+        self.chunks = ChunkSource(self.parts, memory_bytes, commits)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a spawned worker opens the files for itself; the manifest and the records come with the pickle
-        return _reopened, (self.location, self.chunks.memory_bytes, self.manifest, self.chunks.commits_read)
+        # a spawned worker opens the files for itself; manifests and records come with the pickle
+        return _reopened, (self.parts, self.chunks.memory_bytes, self.chunks.commits_read)
 
     def __len__(self) -> int:
         return self.manifest.layout.image_rows
@@ -135,17 +136,27 @@ class EmbeddingReader:
     def table_rows(self, name: str, rows: NDArray[np.int64]) -> pa.Table:
         """Return rows of a table, ``"samples"`` or ``"captions"``, in the order given, without loading all of it."""
         with self._named(name):
-            return TableRows(self.files, self.manifest, name).take(rows)
+            return self.table(name).take(rows)
+
+    def table(self, name: str, open_files: int = 2, columns: Sequence[str] | None = None) -> TableRows | PartTables:
+        """Return a table's rows by number, without the table in memory; the arguments are those of ``TableRows``."""
+        if len(self.parts) > 1:
+            return PartTables(self.parts, name, open_files, columns)
+        (only,) = self.parts.members
+        return TableRows(only.files, only.manifest, name, open_files, columns)
 
     def _table(self, name: str) -> pa.Table:
         with self._named(name):
-            return read_table(self.files, self.manifest, name)
+            if len(self.parts) > 1:
+                return pa.concat_tables(self.table(name).parts()).combine_chunks()
+            (only,) = self.parts.members
+            return read_table(only.files, only.manifest, name)
 
     def column(self, table: str, name: str) -> Iterator[pa.ChunkedArray]:
         """Yield a column of a table in parts of at most 65,536 rows. Parts do not stay in memory."""
         with self._named(table):
             whole = self.__dict__.get(table)
-            parts = TableRows(self.files, self.manifest, table, columns=[name]).parts() if whole is None else [whole]
+            parts = self.table(table, columns=[name]).parts() if whole is None else [whole]
             for part in parts:
                 for start in range(0, len(part), ROWS_PER_GROUP):
                     yield part[name].slice(start, ROWS_PER_GROUP)
@@ -364,7 +375,7 @@ class EmbeddingReader:
         """
         self.chunks.require_chunk(ref)
         self.chunks.require_array(ref.tower, array)
-        rows = len(ref.rows(self.manifest.layout))
+        rows = len(self.parts.rows(ref))
         values = self.chunks.dequantized(ref, self.chunks.chunk(ref, array)[:rows])
         values.flags.writeable = False
         return values
@@ -376,7 +387,7 @@ class EmbeddingReader:
             IndexError, CacheCorruptError, CacheAccessError, CacheUnreachableError: As :meth:`chunk`.
         """
         self.chunks.require_chunk(ref)
-        rows = len(ref.rows(self.manifest.layout))
+        rows = len(self.parts.rows(ref))
         return {name: self.chunks.chunk(ref, name)[:rows] for name in ref.object_keys(self.manifest.layout)}
 
     def commits(self) -> Mapping[ChunkRef, ChunkCommit]:
@@ -388,21 +399,5 @@ class EmbeddingReader:
         return self.chunks.commits
 
 
-def _sealed_manifest(files: CacheFiles, digest: str | None) -> CacheManifest:
-    try:
-        manifest = read_manifest(files)
-    except OSError as error:
-        raise read_error(f"{files.location}/{MANIFEST_KEY}", error) from error
-    require_sealed(files, manifest)
-    if digest not in (None, manifest.digest):
-        raise CacheMismatchError(
-            f"{files.location}: its manifest is {manifest.digest[:12]}, {str(digest)[:12]} was asked for. It is "
-            "another cache, or a repair has changed it."
-        )
-    return manifest
-
-
-def _reopened(
-    location: str, memory_bytes: int, manifest: CacheManifest, commits: CommitRecords | None
-) -> EmbeddingReader:
-    return EmbeddingReader(location, memory_bytes, manifest=manifest, commits=commits)
+def _reopened(parts: Parts, memory_bytes: int, commits: Sequence[CommitRecords] | None) -> EmbeddingReader:
+    return EmbeddingReader(parts.location, memory_bytes, parts=parts, commits=commits)

@@ -108,7 +108,7 @@ class ResidentRows:
         self.rows.take(at, axis=0, out=out, mode="clip")
         if self._scales is None:
             return out
-        return unit_dequantized(out, self._scales[views * self._places.chunks + rows // self._places.chunk_rows])
+        return unit_dequantized(out, self._scales[self._places.at(rows, views) // self._places.chunk_rows])
 
 
 def load_resident(source: ChunkSource, tower: Tower, array: str) -> ResidentRows:
@@ -129,11 +129,11 @@ def load_resident(source: ChunkSource, tower: Tower, array: str) -> ResidentRows
 
     with ThreadPoolExecutor(threads, thread_name_prefix="read-ahead") as pool:
         for ref, values in zip(refs, results_ahead(pool, load, refs, max(_LEAST_AHEAD, threads)), strict=True):
-            held = ref.rows(layout)
+            held = source.parts.rows(ref)
             first = ref.view * places.total + held.start
             rows[first : first + len(held)] = values[: len(held)]
             quarantined.append(source.quarantined_rows(ref) + first)
-    name = f"{source.files.location}: {tower} {array}"
+    name = f"{source.location}: {tower} {array}"
     return ResidentRows(rows, places, np.concatenate(quarantined), scales if columns else None, name)
 
 

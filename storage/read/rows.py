@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.storage.format.commits import ChunkRef
-from teacher_cache.storage.format.layout import Layout, Tower
+from teacher_cache.storage.format.layout import Tower
 
 _ROWS_AT_ONCE = 16_384
 
@@ -91,6 +91,7 @@ class RowPlaces:
         chunk_rows: Rows of a whole chunk.
         chunks: Chunks of one view.
         views: Views that can be read; 1 for texts.
+        firsts, shifts: Of several parts read as one: the first row of each, and what its rows are moved by, (parts,).
     """
 
     location: str
@@ -99,12 +100,8 @@ class RowPlaces:
     chunk_rows: int
     chunks: int
     views: int
-
-    @classmethod
-    def of(cls, location: str, layout: Layout, tower: Tower) -> RowPlaces:
-        """Return the places of a tower."""
-        views = layout.views if tower == "image" else 1
-        return cls(location, tower, layout.rows(tower), layout.chunk_rows(tower), layout.chunks(tower), views)
+    firsts: NDArray[np.int64] | None = field(default=None, compare=False)
+    shifts: NDArray[np.int64] | None = field(default=None, compare=False)
 
     def check(
         self, rows: NDArray[np.int64], view: int | NDArray[np.int64] = 0
@@ -127,6 +124,12 @@ class RowPlaces:
                 )
         return rows, views
 
+    def at(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the places of rows, counted over the rows of all chunks of all views, padding included."""
+        if self.firsts is not None and self.shifts is not None:
+            rows = rows + self.shifts[np.searchsorted(self.firsts, rows, side="right") - 1]
+        return views * (self.chunks * self.chunk_rows) + rows if views.any() else rows
+
     def ref(self, number: int) -> ChunkRef:
         """Return the chunk with this number."""
         return ChunkRef(self.tower, *divmod(number, self.chunks))
@@ -141,13 +144,11 @@ class RowPlaces:
         used[numbers] = True
         return np.flatnonzero(used).tolist()
 
-    def by_chunk(
-        self, rows: NDArray[np.int64], views: NDArray[np.int64]
-    ) -> Iterator[tuple[ChunkRef, NDArray[np.intp]]]:
-        """Yield each chunk that holds some of the rows, with the positions of these rows."""
-        if not len(rows):
+    def by_chunk(self, at: NDArray[np.int64]) -> Iterator[tuple[ChunkRef, NDArray[np.intp]]]:
+        """Yield each chunk that holds some of the places, with their positions in ``at``."""
+        if not len(at):
             return
-        numbers = np.broadcast_to(views * self.chunks, rows.shape) + rows // self.chunk_rows
+        numbers = at // self.chunk_rows
         if numbers.max() < 2**16:  # numpy sorts these by counting
             numbers = numbers.astype(np.uint16)
         order = np.argsort(numbers, kind="stable")

@@ -149,8 +149,7 @@ def _load(
 def _taken(source: ChunkSource, chunks: StreamChunks, tower: Tower, group: _Group) -> Iterator[NDArray[Any]]:
     """Yield the batches of a group whose chunks do not fit in memory together: read chunk after chunk."""
     for at in group.batches:
-        views, rows = np.divmod(at, chunks.places.chunks * chunks.places.chunk_rows)
-        yield source.take(tower, rows, views, chunks.array)
+        yield source.take_places(tower, at, chunks.array)
 
 
 def _groups(source: ChunkSource, chunks: StreamChunks, tower: Tower, batches: Iterable[Batch]) -> Iterator[_Group]:
@@ -159,9 +158,8 @@ def _groups(source: ChunkSource, chunks: StreamChunks, tower: Tower, batches: It
     quarantined = {places.number(ref) for ref in source.quarantined_chunks(tower)}
     for part in _parts(batches):
         rows, views, lengths = _joined(places, part)
-        chunk, at = rows // places.chunk_rows, rows
-        if views.any():
-            chunk, at = views * places.chunks + chunk, views * (places.chunks * places.chunk_rows) + at
+        at = places.at(rows, views)
+        chunk = at // places.chunk_rows
         if quarantined and not quarantined.isdisjoint(places.distinct(chunk)):
             source.require_encoded(tower, rows, views, chunks.array)
         yield from _cut(places, at, chunk, lengths)

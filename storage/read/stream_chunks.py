@@ -187,8 +187,7 @@ class MappedChunks(StreamChunks):
         self, source: ChunkSource, tower: Tower, array: str, memory: MappedArray, prove_every_read: bool
     ) -> None:
         super().__init__(source, tower, array, memory)
-        assert isinstance(source.files, LocalFiles)
-        self._files, self._tower, self._prove_every_read = source.files, tower, prove_every_read
+        self._tower, self._prove_every_read = tower, prove_every_read
         self._most_kept = min(source.memory_bytes // self.nbytes, _MOST_KEPT)
         self._loaded: dict[int, _MappedFile] = {}
         self._used: set[int] = set()
@@ -242,7 +241,9 @@ class MappedChunks(StreamChunks):
     def _opened(self, number: int, nbytes: int) -> _MappedFile | None:
         if nbytes != self.nbytes + CRC_BYTES:
             return None
-        path = self._files.path(self._source.key(self.places.ref(number), self.array))
+        files, key = self._source.object(self.places.ref(number), self.array)
+        assert isinstance(files, LocalFiles)
+        path = files.path(key)
         try:
             return _MappedFile(Path(path), self._memory.region.map(number, path, nbytes))
         except OSError:

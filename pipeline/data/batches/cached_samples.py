@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.transient import read_error
-from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.read.chunk_cache import ByChunk
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -53,9 +52,8 @@ class CachedSamples:
     def __init__(self, reader: EmbeddingReader, kept_chunks: int) -> None:
         layout = reader.manifest.layout
         self._reader, self._size, self._images = reader, layout.image_chunk_rows, layout.image_rows
-        most = _OPEN_FILES if isinstance(reader.files, LocalFiles) else _OPEN_FAR
-        self._samples = TableRows(reader.files, reader.manifest, SAMPLES, most)
-        self._captions = TableRows(reader.files, reader.manifest, CAPTIONS, most)
+        most = _OPEN_FILES if isinstance(reader.chunks.files, LocalFiles) else _OPEN_FAR
+        self._samples, self._captions = (reader.table(name, most) for name in (SAMPLES, CAPTIONS))
         self._records = ByChunk(self._size, kept_chunks, self._samples_of)
         self._texts = ByChunk(self._size, kept_chunks, self._captions_of)
 

@@ -27,7 +27,6 @@ from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.format.journal import read_cost
 from teacher_cache.storage.format.manifest_file import read_manifest
-from teacher_cache.storage.format.tables import read_table
 from teacher_cache.storage.look.export import export_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
@@ -212,7 +211,7 @@ def test_quarantine_is_looked_for_once_in_each_view(
     known = CachedRows(
         location,
         reader.identity,
-        lambda table, name: read_table(reader.files, reader.manifest, table, [name])[name],
+        lambda table, name: getattr(reader, table)[name],
     )
     looked: Counter[int] = Counter()
     quarantined_in = EmbeddingReader.quarantined_in

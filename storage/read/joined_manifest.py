@@ -1,0 +1,111 @@
+"""One manifest for several caches that are read as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from teacher_cache.storage.errors import CacheMismatchError
+from teacher_cache.storage.format.identity import DatasetIdentity, digest_of
+from teacher_cache.storage.format.layout import Layout
+from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest, Seal, Source, StaticFile
+
+
+def joined_manifest(location: str, parts: Mapping[str, CacheManifest]) -> CacheManifest:
+    """Return the manifest that stands for several sealed caches. It names the digest of each.
+
+    Args:
+        location: Pattern of the parts' names.
+        parts: Manifests by location, in the order of their rows.
+
+    Raises:
+        CacheMismatchError: They are not of one identity and layout, or two are of the same pictures. The message names
+            two of them, with both values.
+    """
+    (first_name, *names), manifests = parts, [*parts.values()]
+    for name in names:
+        _require_alike(first_name, name, parts)
+    _require_each_once(parts)
+    first, datasets = manifests[0], [manifest.identity.dataset for manifest in manifests]
+    dataset = DatasetIdentity(
+        kind=datasets[0].kind,
+        images=sum(dataset.images for dataset in datasets),
+        captions=sum(dataset.captions for dataset in datasets),
+        splits=_sums(dataset.splits for dataset in datasets),
+        samples_sha256=digest_of([dataset.samples_sha256 for dataset in datasets]),
+        captions_sha256=digest_of([dataset.captions_sha256 for dataset in datasets]),
+    )
+    identity = first.identity.model_copy(update={"dataset": dataset})
+    rows = {"image_rows": dataset.images, "text_rows": dataset.captions}
+    roots = {manifest.source.image_root for manifest in manifests}
+    return CacheManifest(
+        identity=identity,
+        identity_digest=identity.digest,
+        layout=first.layout.model_copy(update=rows),
+        source=Source(dataset=location, image_root=roots.pop() if len(roots) == 1 else ""),
+        files={
+            f"{number:06d}/{MANIFEST_KEY}": StaticFile(sha256=manifest.digest)
+            for number, manifest in enumerate(manifests)
+        },
+        lost_images=sum(manifest.lost_images for manifest in manifests),
+        problems=_sums(manifest.problems for manifest in manifests),
+        seal=_joined_seal([manifest.seal for manifest in manifests if manifest.seal is not None]),
+        made_with={name: value for manifest in reversed(manifests) for name, value in manifest.made_with.items()},
+    )
+
+
+def _joined_seal(seals: Sequence[Seal]) -> Seal:
+    stored = [seal.stored_bytes for seal in seals if seal.stored_bytes is not None]
+    return Seal(
+        commits_sha256=digest_of([seal.commits_sha256 for seal in seals]),
+        images_encoded=sum(seal.images_encoded for seal in seals),
+        images_quarantined=sum(seal.images_quarantined for seal in seals),
+        captions_encoded=sum(seal.captions_encoded for seal in seals),
+        stored_bytes=sum(stored) if stored else None,
+    )
+
+
+def _sums(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in counts:
+        for name, count in part.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def _require_alike(first: str, other: str, parts: Mapping[str, CacheManifest]) -> None:
+    if parts[other].identity.dataset.kind == "labelled":
+        raise CacheMismatchError(
+            f"{first} and {other}: caches of labelled images each hold the prompts of all classes, and are not read as "
+            "one. Precompute one cache of all folders"
+        )
+    parts[other].identity.require(
+        parts[first].identity,
+        other,
+        f"It was compared with {first}: caches are read as one only if one teacher made them in one way. Name each "
+        "alone, or encode one again",
+        ("dataset",),
+    )
+    ours, theirs = (_form(parts[name].layout) for name in (first, other))
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise CacheMismatchError(
+                f"{first} and {other}: {name} is {value} and {theirs[name]}. Caches are read as one only in one form. "
+                f"Copy one of them: precompute --reuse {other} with another --cache and the other's --chunk-rows or "
+                "--compress runs no teacher for the rows that it has"
+            )
+
+
+def _form(layout: Layout) -> dict[str, Any]:
+    """Return what the layouts of parts must have in common."""
+    names = ("image_chunk_rows", "text_chunk_rows", "embedding_dtype", "compressor")
+    return {name: getattr(layout, name) for name in names}
+
+
+def _require_each_once(parts: Mapping[str, CacheManifest]) -> None:
+    names: dict[str, str] = {}
+    for name, manifest in parts.items():
+        samples = manifest.identity.dataset.samples_sha256
+        if samples in names and manifest.layout.image_rows:
+            raise CacheMismatchError(f"{names[samples]} and {name}: both are of the same pictures. Leave one out")
+        names[samples] = name
