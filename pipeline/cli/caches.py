@@ -12,10 +12,12 @@ from teacher_cache.pipeline.cli.options import Settings, log_format_option, metr
 from teacher_cache.pipeline.cli.stopping import chunks_committed, resumable
 from teacher_cache.pipeline.settings.names import first_student, next_run
 from teacher_cache.pipeline.settings.precompute import ImportConfig, PrecomputeConfig, ProofConfig
+from teacher_cache.storage.check.parts import verify_parts
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.cli.app import cache_argument, command, json_flag, print_json, print_lines, print_result
 from teacher_cache.storage.cli.compare import print_findings, print_report
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.location import is_several
 from teacher_cache.storage.observe.logs import say, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 from teacher_cache.storage.observe.quantities import byte_size, counted, duration, rates
@@ -37,7 +39,7 @@ _NOT_MENDED = {"incomplete", "unknown-file", "unreadable"}
     PrecomputeConfig,
     flags=(
         *("dataset", "teacher", "pretrained", "cache", "reuse", "views", "dtype", "compress", "decoder"),
-        *("precision", "batch_size", "device", "executor", "workers", "max_problems"),
+        *("precision", "batch_size", "device", "executor", "workers", "max_problems", "part"),
     ),
     example="precompute --dataset coco:data --teacher local-dir:teacher --cache coco.cache",
 )
@@ -115,6 +117,8 @@ def verify(settings: Settings[ProofConfig], as_json: bool) -> None:
     """
     cache = settings.flags["cache"]
     config = None
+    if is_several(cache) and settings.flags["sample"] is not None:
+        raise UsageError(f"{cache}: --sample takes one cache: name a part")
     if settings.flags["sample"] is not None:
         config = settings.load()
         from teacher_cache.pipeline.precompute.sample_proof import ProvenReport, prove_sample  # refused first: no torch
@@ -122,7 +126,10 @@ def verify(settings: Settings[ProofConfig], as_json: bool) -> None:
         _refuse_without_sample(settings.flags)
     proof = None
     with StageProgress() as progress:
-        report = verify_cache(cache, lambda done, total: progress("verify chunks", done, total))
+        if is_several(cache):
+            report = verify_parts(cache, lambda done, total: progress("verify parts", done, total))
+        else:
+            report = verify_cache(cache, lambda done, total: progress("verify chunks", done, total))
         if config is not None and report.ok:
             proof = prove_sample(config, progress)
             report = ProvenReport(**{**dict(report), "ok": proof.ok}, proof=proof)

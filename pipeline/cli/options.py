@@ -182,7 +182,8 @@ def _check_dataset(config: StageConfig, dataset: str) -> None:
 def _check_cache(config: StageConfig, named: dict[str, Any]) -> None:
     """Check that the run is one, and that the cache is finished and has the splits, the captions and the pictures."""
     from teacher_cache.pipeline.models.run_folder import RunFolder
-    from teacher_cache.storage.format.manifest_file import read_manifest, require_sealed
+    from teacher_cache.storage.format.manifest_file import require_sealed
+    from teacher_cache.storage.read.parts import named_manifest
 
     cache, roots = named.get("cache"), []
     if "run" in named:
@@ -192,7 +193,7 @@ def _check_cache(config: StageConfig, named: dict[str, Any]) -> None:
         return
     files = open_files(cache)
     try:
-        manifest = read_manifest(files)
+        manifest = named_manifest(cache)
     except CacheNotFoundError:
         if "cache" in named and not isinstance(config, ZeroShotConfig):  # which may make its cache
             raise
@@ -241,11 +242,11 @@ def _require_pictures(cache: str, manifest: CacheManifest, roots: Sequence[str],
 
     from teacher_cache.pipeline.data.datasets.parquet_cells import in_cell
     from teacher_cache.pipeline.data.datasets.samples import ImageSource
-    from teacher_cache.storage.format.table_rows import TableRows
     from teacher_cache.storage.format.tables import SAMPLES
+    from teacher_cache.storage.read.reader import EmbeddingReader
 
     last = manifest.layout.image_rows - 1
-    samples = TableRows(open_files(cache), manifest, SAMPLES, columns=["uri"]).take(np.unique([0, last // 2, last]))
+    samples = EmbeddingReader(cache).table(SAMPLES, columns=["uri"]).take(np.unique([0, last // 2, last]))
     uris = samples["uri"].to_pylist()
     for target in (ImageSource(root).resolve(uri) for root in ([typed] if typed else roots) for uri in uris):
         if "://" in target or in_cell(target) or Path(target).exists():

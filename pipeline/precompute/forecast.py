@@ -49,7 +49,6 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import COMMITS, ChunkRef, all_chunks, target_bytes
-from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.layout import Layout, Tower
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table, table_files
 from teacher_cache.storage.observe.safe_text import printable
@@ -151,7 +150,7 @@ def forecast(config: PrecomputeConfig, probe: int | None = None, progress: Progr
         check = time.perf_counter() - began
     listed = planned.dataset
     require_same_dataset(planned)
-    layout, committed = _layout(settings, planned.identity, teacher.device.type)
+    layout, committed = _layout(planned, teacher.device.type)
     pending = sorted(set(all_chunks(layout)) - set(committed))
     if settings.have is not None:
         require_one_origin(config, origin, settings.have, pending)
@@ -226,13 +225,15 @@ def _planned_unread(
     return PlannedDataset(settings, spec, readable, tables, settings.identity(teacher, dataset_identity(spec, tables)))
 
 
-def _layout(settings: PlanSettings, identity: CacheIdentity, device: str) -> tuple[Layout, list[ChunkRef]]:
+def _layout(planned: PlannedDataset, device: str) -> tuple[Layout, list[ChunkRef]]:
     """Return the layout of the cache, and its committed chunks.
 
     Raises:
         CacheMismatchError: precompute would refuse the existing cache.
     """
-    layout, have, cache = settings.layout(identity, device), settings.have, settings.config.cache
+    identity, settings = planned.identity, planned.settings
+    layout = settings.layout(identity, device, planned.dataset.whole)
+    have, cache = settings.have, settings.config.cache
     if have is None:
         return layout, []
     require_same_plan(have, identity, layout, cache)

@@ -36,6 +36,7 @@ from teacher_cache.storage.format.tables import (
 )
 from teacher_cache.storage.observe.logs import command_line, event, logger, say
 from teacher_cache.storage.observe.quantities import counted
+from teacher_cache.storage.read.parts import named_manifest
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
@@ -74,7 +75,7 @@ class PlanSettings:
             CacheMismatchError: the cache has fewer views, and views cannot be added.
             CacheError: the reused cache cannot be read.
         """
-        reused = None if config.reuse is None else read_manifest(open_files(config.reuse))
+        reused = None if config.reuse is None else named_manifest(config.reuse)
         settings = cls(config, existing_manifest(config.cache), reused)
         _ = settings.views
         return settings
@@ -124,20 +125,22 @@ class PlanSettings:
             dataset=dataset,
         )
 
-    def layout(self, identity: CacheIdentity, device: str) -> Layout:
+    def layout(self, identity: CacheIdentity, device: str, whole: tuple[int, int] | None = None) -> Layout:
         """Return the layout: chunks and batches from ``config``, else the existing cache, else by default.
 
         Args:
             device: type of the device that will encode, as torch names it.
+            whole: images and captions of the dataset that this is a part of: all its parts have chunks of one size.
         """
         config, rows = self.config, identity.dataset
+        images, captions = whole or (rows.images, rows.captions)
         fresh = Layout(
             embed_dim=identity.teacher.embed_dim,
             views=identity.views.count,
             image_rows=rows.images,
             text_rows=rows.captions,
-            image_chunk_rows=config.chunk_rows or default_chunk_rows(rows.images),
-            text_chunk_rows=config.chunk_rows or default_chunk_rows(rows.captions),
+            image_chunk_rows=config.chunk_rows or default_chunk_rows(images),
+            text_chunk_rows=config.chunk_rows or default_chunk_rows(captions),
             batch_rows=config.batch_size or default_batch_rows(device),
             text_order="characters",
             embedding_dtype=self.targets.layout_dtype,
@@ -312,18 +315,18 @@ def plan_dataset(
     Raises:
         CacheMismatchError: as :func:`plan_precompute`.
     """
-    identity, settings = planned.identity, planned.settings
+    identity, settings, whole = planned.identity, planned.settings, planned.dataset.whole
     cache, source = settings.config.cache, Source(dataset=str(planned.spec), image_root=planned.dataset.root)
 
     def plan(layout: Layout) -> CacheManifest:
         return plan_cache(cache, identity, layout, source, planned.tables, made_with)
 
     require_same_dataset(planned)
-    layout = settings.layout(identity, device)
+    layout = settings.layout(identity, device, whole)
     try:
         manifest = plan(layout)
     except CacheMismatchError:
-        now = replace(settings, have=existing_manifest(cache)).layout(identity, device)
+        now = replace(settings, have=existing_manifest(cache)).layout(identity, device, whole)
         if now == layout:
             raise
         manifest = plan(now)  # another process planned it first, with its own device's defaults

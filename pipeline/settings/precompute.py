@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from teacher_cache.pipeline.settings.base import (
     Decoder,
@@ -28,6 +28,11 @@ class PrecomputeConfig(StageConfig):
     )
     teacher: TeacherName
     cache: str = Field(description="Folder or URL of the cache. A new one is made, an unfinished one is continued.")
+    part: str | None = Field(
+        None,
+        pattern=r"^\d{1,9}/\d{1,9}$",
+        description="Part of the dataset to encode, such as 3/100, its third hundredth.",
+    )
     pretrained: Pretrained = None
     device: Device = "auto"
     precision: Precision = Field("fp32", description="The teacher's arithmetic, part of the identity.")
@@ -92,6 +97,15 @@ class PrecomputeConfig(StageConfig):
         "local", description="Executor: local (this process), ray (a cluster, or this machine) or ray://HOST:PORT."
     )
     workers: int | None = Field(None, gt=0, description="Number of workers at most. Default: the cluster's room.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _part_is_of_the_dataset(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Add the part to the dataset's name, which a cache records."""
+        part, dataset = settings.get("part"), str(settings.get("dataset", ""))
+        if part is None or f"part={part}" in re.split("[?&]", dataset):
+            return settings
+        return {**settings, "dataset": f"{dataset}{'&' if re.search('[?][^?]*=', dataset) else '?'}part={part}"}
 
     @field_validator("max_problems", mode="before")
     @classmethod

@@ -33,11 +33,11 @@ from teacher_cache.pipeline.settings.recipes import RECIPES, trains_bias
 from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import IMAGES_ALONE, TrainConfig
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
-from teacher_cache.storage.files.location import absolute_location, open_files
+from teacher_cache.storage.files.location import absolute_location
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity
-from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.observe.logs import logger
 from teacher_cache.storage.observe.quantities import counted
+from teacher_cache.storage.read.parts import named_manifest
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.rows import RowSet
 
@@ -77,7 +77,7 @@ def fit_to_captions(config: TrainConfig) -> TrainConfig:
         UsageError: the losses that are set, or all of the recipe's, need captions.
         CacheError: the cache's manifest cannot be used.
     """
-    if not config.captions_per_image or read_manifest(open_files(config.cache)).identity.dataset.captions:
+    if not config.captions_per_image or named_manifest(config.cache).identity.dataset.captions:
         return config
     # not what is set by default: a split that nobody named is the only one of the cache
     settings = config.model_dump(exclude_unset=True) | {"captions_per_image": 0}
@@ -284,7 +284,7 @@ def expected_identity(place: str) -> CacheIdentity:
         if (folder / name).is_file():
             return _identity_in(folder / name)
     try:
-        return read_manifest(open_files(place)).identity
+        return named_manifest(place).identity
     except CacheNotFoundError as error:
         raise UsageError(
             f"{place}: no cache, no run and no JSON file with an identity (teacher-cache info CACHE --json prints one)"

@@ -86,6 +86,7 @@ class IntegrityReport(BaseModel, frozen=True):
     objects_read: int
     bytes_read: int
     findings: tuple[Finding, ...]
+    repeated: tuple[str, ...] = Field((), description="Pictures that are in several of the caches read as one.")
 
 
 def verify_cache(location: str, progress: Callable[[int, int], None] | None = None) -> IntegrityReport:

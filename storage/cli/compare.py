@@ -218,6 +218,9 @@ def print_report(report: IntegrityReport) -> None:
         f"{report.chunks_sound} of {report.chunks} chunks sound, {report.images:,} images "
         f"({report.quarantined} quarantined), {report.captions:,} captions, {byte_size(report.bytes_read)} read"
     )
+    print_lines(*(f"in several caches: {picture}" for picture in report.repeated[:_FINDINGS_SHOWN]))
+    if len(report.repeated) > _FINDINGS_SHOWN:
+        print_lines(f"... and {len(report.repeated) - _FINDINGS_SHOWN} more pictures; --json lists all")
     verdict = "sound" if report.ok else counted(len(report.findings), "finding")
     print_lines(f"{report.location}: {verdict}: {counts}")
 

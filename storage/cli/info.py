@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import click
 
 from teacher_cache.storage.cli.app import cache_argument, command, json_flag, option, print_result
 from teacher_cache.storage.cli.tables import Facts, Part, Table
+from teacher_cache.storage.files.location import is_several
 from teacher_cache.storage.observe.quantities import byte_size, counted, duration, rates
 
 if TYPE_CHECKING:
@@ -86,12 +87,22 @@ def _age(age: timedelta) -> str:
 @json_flag
 def info(cache: str, problems: bool, as_json: bool) -> None:
     """Read no embeddings."""
+    describe, listed = _about(cache)
+    if problems:
+        print_result(listed(cache), as_json, _problem_lines)
+    else:
+        print_result(describe(cache), as_json, lambda about: [_info_table(about)])
+
+
+def _about(cache: str) -> tuple[Callable[[str], CacheInfo], Callable[[str], CacheProblems]]:
+    """Return what describes a cache, or the parts that a pattern names, and what lists the problems."""
+    if is_several(cache):
+        from teacher_cache.storage.look.parts import describe_parts, list_problems_of_parts  # numpy
+
+        return describe_parts, list_problems_of_parts
     from teacher_cache.storage.look.info import describe_cache, list_problems
 
-    if problems:
-        print_result(list_problems(cache), as_json, _problem_lines)
-    else:
-        print_result(describe_cache(cache), as_json, lambda found: [_info_table(found)])
+    return describe_cache, list_problems
 
 
 def _problem_lines(result: CacheProblems) -> list[str]:
@@ -112,6 +123,7 @@ def _info_table(cache_info: CacheInfo) -> Facts:
     teacher, compressed = identity.teacher, layout.compressor is not None
     unpacked = " before compression" if compressed and cache_info.seal is None else ""
     rows = {
+        "parts": f"{cache_info.parts} caches, read as one" if cache_info.parts > 1 else "",
         "state": f"{cache_info.chunks_committed:,} of {cache_info.chunks:,} chunks, {state}",
         "coverage": "\n".join(_coverage(part, layout.views) for part in cache_info.coverage),
         "remaining": remaining_time(cache_info),

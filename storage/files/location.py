@@ -50,6 +50,11 @@ def open_files(location: str | os.PathLike[str]) -> CacheFiles:
     return RemoteFiles(text)
 
 
+def is_several(location: str) -> bool:
+    """Return whether a location names several caches by a pattern: ``parts/*.cache``."""
+    return "*" in location
+
+
 def absolute_location(location: str) -> str:
     """Return a location that is the same from any working directory: an absolute path, or a URL as it is."""
     return location if "://" in location else str(Path(location).resolve())

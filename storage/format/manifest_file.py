@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError
 from teacher_cache.storage.files.claim_records import working_processes
+from teacher_cache.storage.files.location import is_several
 from teacher_cache.storage.files.places import CACHE, misplaced, similar_names
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import all_chunks, committed_chunks
@@ -49,6 +50,8 @@ def no_cache(location: str) -> CacheNotFoundError:
     """Return the error about a location without a cache."""
     if other := misplaced(location, CACHE):
         return CacheNotFoundError(other)
+    if is_several(location):
+        return CacheNotFoundError(f"{location}: one cache is wanted here, not several. Name one of them")
     return CacheNotFoundError(
         f"{location}: no cache here ({MANIFEST_KEY} not found).{similar_names(location, CACHE)} Check the path, or "
         "start one with teacher-cache precompute --cache."

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
-from teacher_cache.storage.files.location import in_parallel, open_files
+from teacher_cache.storage.files.location import in_parallel, is_several, open_files
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.files.transient import read_error
 from teacher_cache.storage.format.commits import ChunkRef
@@ -28,11 +28,6 @@ from teacher_cache.storage.read.joined_manifest import joined_manifest
 from teacher_cache.storage.read.rows import RowPlaces
 
 _DIGITS = re.compile(r"(\d+)")
-
-
-def is_several(location: str) -> bool:
-    """Return whether a location names the parts of a cache by a pattern: ``parts/*.cache``."""
-    return "*" in location
 
 
 def part_locations(location: str) -> list[str]:
@@ -156,6 +151,15 @@ def open_parts(location: str, manifest_digest: str | None = None, manifests: Seq
             f"is another cache{', has other parts' if len(parts) > 1 else ''}, or a repair has changed it."
         )
     return parts
+
+
+def named_manifest(location: str) -> CacheManifest:
+    """Return the manifest of a cache, sealed or not; for a pattern that of its parts, which must be sealed.
+
+    Raises:
+        CacheError: As :func:`open_parts`.
+    """
+    return open_parts(location).manifest if is_several(location) else read_manifest(open_files(location))
 
 
 def _sealed_manifest(files: CacheFiles) -> CacheManifest:

@@ -94,12 +94,17 @@ Record: TypeAlias = Sample | Problem
 
 @dataclass
 class SampleSet:
-    """Dataset as read from disk: ``samples`` in row order, ``problems`` in the order of reading."""
+    """Dataset as read from disk: ``samples`` in row order, ``problems`` in the order of reading.
+
+    Attributes:
+        whole: of a part: images and captions that the whole dataset lists.
+    """
 
     kind: str
     root: str
     samples: list[Sample] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    whole: tuple[int, int] | None = None
 
     @property
     def num_captions(self) -> int:

@@ -192,7 +192,7 @@ def load_samples(
     listed = list_samples(spec)
     source = ImageSource(data_folder(spec.root))
 
-    usable = SampleSet(spec.kind, source.root, problems=listed.problems)
+    usable = SampleSet(spec.kind, source.root, problems=listed.problems, whole=listed.whole)
     digests: list[str] = []
     for number, (sample, result) in enumerate(_digested(source, listed.samples, known or {}), 1):
         if isinstance(result, Problem):
@@ -291,7 +291,7 @@ def list_samples(spec: DatasetSpec) -> SampleSet:
         else:
             seen[record.sample_id] = record
             listed.samples.append(record)
-    return listed
+    return listed if spec.part is None else spec.part.of(listed)
 
 
 def _records(spec: DatasetSpec) -> Iterator[Record]:

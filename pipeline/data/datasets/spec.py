@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import parse_qsl, quote
 
-from teacher_cache.pipeline.data.datasets.adapters import ADAPTERS, KIND_OF, check_form, require_kind
+from teacher_cache.pipeline.data.datasets.adapters import ADAPTERS, KIND_OF, PART, check_form, require_kind
 from teacher_cache.pipeline.data.datasets.files import (
     CAPTION_FILES,
     SPLIT_NAMES,
@@ -20,6 +20,7 @@ from teacher_cache.pipeline.data.datasets.files import (
     is_table,
     require_there,
 )
+from teacher_cache.pipeline.data.datasets.part import Part
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import SPREADSHEET, described, kind_of
 from teacher_cache.storage.observe.logs import say
@@ -51,6 +52,12 @@ class DatasetSpec:
         for name, value in self.options:
             refuse_credentials(f"dataset setting {name}=", value)
         refuse_credentials("", str(self))  # the manifest keeps this text
+
+    @property
+    def part(self) -> Part | None:
+        """Part of the dataset; None for all of it."""
+        text = dict(self.options).get(PART)
+        return None if text is None else Part.parse(text)
 
     @classmethod
     def parse(cls, text: str) -> DatasetSpec:

@@ -302,7 +302,7 @@ def test_each_file_of_a_table_is_opened_once_and_few_rows_are_held(
         "teacher_cache.storage.format.tables._ROWS_PER_FILE", 3 * CHUNK
     )  # writing is some chunks behind preparing
     monkeypatch.setattr("teacher_cache.storage.format.tables.ROWS_PER_GROUP", 4)
-    monkeypatch.setattr("teacher_cache.storage.format.table_rows._HELD_ROWS", 16)
+    monkeypatch.setattr("teacher_cache.storage.format.table_rows.HELD_ROWS", 16)
     other = settings.model_copy(update={"cache": str(tmp_path / "other")})
     assert plan_precompute(other, teacher) == refs
     opened: Counter[str] = Counter()

@@ -45,7 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files, row groups and what is kept of them are small: 7 files of captions, 4 groups in each."""
     monkeypatch.setattr("teacher_cache.storage.format.tables._ROWS_PER_FILE", PER_FILE)
     monkeypatch.setattr("teacher_cache.storage.format.tables.ROWS_PER_GROUP", PER_GROUP)
-    monkeypatch.setattr("teacher_cache.storage.format.table_rows._HELD_ROWS", HELD)
+    monkeypatch.setattr("teacher_cache.storage.format.table_rows.HELD_ROWS", HELD)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_any_ranges_are_those_of_the_whole_table(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("teacher_cache.storage.format.tables._ROWS_PER_FILE", per_file)
         patched.setattr("teacher_cache.storage.format.tables.ROWS_PER_GROUP", per_group)
-        patched.setattr("teacher_cache.storage.format.table_rows._HELD_ROWS", held)
+        patched.setattr("teacher_cache.storage.format.table_rows.HELD_ROWS", held)
         rows, whole = planned(f"memory://{uuid.uuid4()}/x.cache")
         for ends in asked:
             first, stop = sorted(ends)
@@ -161,7 +161,7 @@ def test_files_of_one_large_row_group_are_read_one_at_a_time(
 ) -> None:
     """As earlier versions wrote them."""
     monkeypatch.setattr("teacher_cache.storage.format.tables._ROWS_PER_FILE", PER_FILE)
-    monkeypatch.setattr("teacher_cache.storage.format.table_rows._HELD_ROWS", HELD)
+    monkeypatch.setattr("teacher_cache.storage.format.table_rows.HELD_ROWS", HELD)
     rows, whole = planned(tmp_path / "c")
     for start in range(0, TEXTS, 3):
         found = rows.read(range(start, min(start + 3, TEXTS)))

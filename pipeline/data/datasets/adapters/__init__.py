@@ -15,6 +15,7 @@ from types import ModuleType
 
 from teacher_cache.pipeline.data.datasets.files import is_pattern, require_there, text_encoding
 from teacher_cache.pipeline.data.datasets.holdout import held_out_share, with_drawn_split
+from teacher_cache.pipeline.data.datasets.part import Part
 from teacher_cache.pipeline.data.datasets.records import Record, Sample, Uncaptioned
 from teacher_cache.pipeline.settings.names import did_you_mean
 from teacher_cache.storage.errors import UsageError
@@ -27,8 +28,10 @@ ADAPTERS = ("coco", "karpathy", "flickr", "webdataset", "imagefolder", "images",
 KIND_OF = f"KIND:PATH with one of {', '.join(ADAPTERS)}"
 _ALSO_CALLED = {"csv": "table", "tsv": "table", "parquet": "table", "tar": "webdataset", "wds": "webdataset"}
 # settings of every kind, beside those of its own
+PART = "part"
+"""Setting of every kind: a part of the dataset, such as ``3/100``."""
 _HOLDOUT, _UNCAPTIONED = "holdout", "uncaptioned"
-_SHARED = (_HOLDOUT, _UNCAPTIONED)
+_SHARED = (_HOLDOUT, _UNCAPTIONED, PART)
 _DELIMITERS = ": tabs, commas, semicolons and bars are told apart from the header"
 _ADVICE = {("table", name): _DELIMITERS for name in ("delimiter", "delim", "sep", "separator")}
 
@@ -64,6 +67,7 @@ def adapter(kind: str) -> Adapter:
 
     Every kind has ``holdout`` (a share such as ``10%`` of the images becomes the split ``test``, the others ``train``)
     and ``uncaptioned`` (``keep``: an image that no caption names is a sample without captions; ``drop``: a problem).
+    Every kind but labelled has ``part`` (:mod:`teacher_cache.pipeline.data.datasets.part`), which the caller cuts out.
 
     Raises:
         UsageError: the kind is unknown, or (when called) a setting is. The message lists the known ones.
@@ -102,6 +106,13 @@ def _settings(module: ModuleType, kind: str, options: dict[str, str]) -> tuple[d
     uncaptioned = options.get(_UNCAPTIONED, "keep" if kind == "images" else "drop")
     if uncaptioned not in ("keep", "drop"):
         raise UsageError(f"uncaptioned={printable(uncaptioned)!r} is not known; it is one of keep, drop")
+    if PART in options:
+        Part.parse(options[PART])
+        if kind == "labelled":
+            raise UsageError(
+                f"part={printable(options[PART])}: labelled images share the prompts of all classes, and are not cut "
+                "into parts; leave it out"
+            )
     own = {name: value for name, value in options.items() if name in of_module or name not in _SHARED}
     share = held_out_share(options[_HOLDOUT]) if _HOLDOUT in options and _HOLDOUT not in own else None
     return own, share, uncaptioned == "keep"

@@ -39,7 +39,7 @@ def parted(patched: pytest.MonkeyPatch, per_file: int, per_group: int) -> Embedd
     """A cache behind a URL whose tables have many files and row groups."""
     patched.setattr("teacher_cache.storage.format.tables._ROWS_PER_FILE", per_file)
     patched.setattr("teacher_cache.storage.format.tables.ROWS_PER_GROUP", per_group)
-    patched.setattr("teacher_cache.storage.format.table_rows._HELD_ROWS", 2 * per_group)
+    patched.setattr("teacher_cache.storage.format.table_rows.HELD_ROWS", 2 * per_group)
     location = f"memory://{uuid.uuid4()}/x.cache"
     make_known_cache(location, images=IMAGES, captions=TEXTS)
     return EmbeddingReader(location)
