@@ -39,6 +39,8 @@ from teacher_cache.storage.format.journal import ChunkCost, note_key
 from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.manifest import Source
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, captions_sha256, samples_sha256
+from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.read.shuffle import batches, window_order
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import make_identity, make_model_folder, plan_known_cache, write_photos
@@ -53,7 +55,11 @@ def main() -> None:
     measure.add_argument("--out", type=Path, required=True)
     measure.add_argument("--only", nargs="*", choices=sorted(MEASURED), default=sorted(MEASURED))
     steps.add_parser("tables").add_argument("rows", type=int)
+    steps.add_parser("stream").add_argument("location")
     given = parser.parse_args()
+    if given.step == "stream":
+        stream_epochs(given.location)
+        return
     if given.step == "tables":
         measure_tables(given.rows)
     else:
@@ -270,6 +276,60 @@ def measure_tables(rows: int) -> None:
     print(f"{rows:,} images: {held:,} rows held, peak {memory() - before:.0f} MiB above {before:.0f}")
 
 
+# ---------------------------------------------------------------- a million rows in one cache and in a hundred
+
+PARTS, PART_ROWS = 100, 10_000
+
+
+def measure_parts(out: Path) -> None:
+    """Streams the images of both by turns, each time in a process of its own, in a run's order of rows."""
+    made = tables(PARTS * PART_ROWS)
+    whole, parts = out / "whole.cache", out / "parts"
+    places = [(whole, 0, PARTS * PART_ROWS)]
+    places += [(parts / f"{part}.cache", part * PART_ROWS, PART_ROWS) for part in range(PARTS)]
+    for place, first, rows in places:
+        if not place.exists():
+            write_part(str(place), {name: table.slice(first, rows) for name, table in made.items()}, rows)
+    took: dict[str, list[list[float]]] = {}
+    for _ in range(5):
+        for name, location in (("one", str(whole)), ("hundred", f"{parts}/*.cache")):
+            run = subprocess.run([sys.executable, __file__, "stream", location], capture_output=True, check=True)
+            took.setdefault(name, []).append([float(number) for number in run.stdout.split()])
+    names = ("open, s", "first epoch, s", "second epoch, s", "peak MiB")
+    for name, one, hundred in zip(names, *(np.array(took[key]).T for key in ("one", "hundred")), strict=True):
+        ratio = hundred / one
+        print(f"{name}: one {np.median(one):.2f}, hundred {np.median(hundred):.2f}", end="; ")
+        print(f"ratio {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})")
+
+
+def write_part(place: str, made: dict[str, pa.Table], rows: int) -> None:
+    numbered = {SAMPLES: ["row"], CAPTIONS: ["row", "image_row"]}
+    for name, columns in numbered.items():
+        for column in columns:
+            made[name] = made[name].set_column(made[name].column_names.index(column), column, pa.array(range(rows)))
+    plan_web_cache(place, rows, made)
+    writer = EmbeddingWriter(place)
+    for ref in writer.pending():
+        writer.write(ref, unit_rows(ref, writer.manifest.layout))
+    writer.seal()
+
+
+def stream_epochs(location: str) -> None:
+    """Prints seconds to open, of two epochs, and the peak memory that files mapped into it do not count in."""
+    began = time.perf_counter()
+    reader = EmbeddingReader(location)
+    rows, _ = reader.row_set(), reader.caption_index
+    took = [time.perf_counter() - began]
+    for epoch in range(2):
+        began = time.perf_counter()
+        for values in reader.stream("image", batches(window_order(rows, 4096, 16, 0, epoch), 1024)):
+            assert len(values) == 1024
+        took.append(time.perf_counter() - began)
+    memory = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    mapped = sum(int(line.split()[1]) for line in memory if line.startswith("Shared_"))
+    print(*took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - mapped) / 2**10)
+
+
 def measure_growth(out: Path) -> None:
     environment = {**os.environ, "SCALE_OUT": str(out)}
     for rows in (100_000, 1_000_000):
@@ -311,6 +371,7 @@ def measure_store(out: Path) -> None:
 MEASURED: dict[str, Callable[[Path], None]] = {
     "chunks": measure_chunks,
     "files": measure_files,
+    "parts": measure_parts,
     "plan": measure_second_plan,
     "requests": measure_requests,
     "store": measure_store,
