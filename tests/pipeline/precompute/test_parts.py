@@ -62,6 +62,12 @@ def test_the_parts_are_the_whole(photo_cache: Path, parts: Path) -> None:
     ]
 
 
+def test_one_cache_is_copied_from_parts(photo_cache: Path, tiny_teacher: Path, parts: Path, tmp_path: Path) -> None:
+    config = part_config(photo_cache, tiny_teacher, tmp_path / "one.cache", "1/1", reuse=f"{parts}/*.cache")
+    assert precompute(config).rows_reused == {"image": 40, "text": 80}
+    assert cache_digest(tmp_path / "one.cache" / "targets.zarr") == cache_digest(photo_cache / "targets.zarr")
+
+
 def test_a_student_learns_the_same_from_parts(photo_cache: Path, parts: Path, tmp_path: Path) -> None:
     """The same rows in the same order give the same bits; no part is changed."""
     student, before = make_student(tmp_path / "student.json"), cache_digest(parts)
