@@ -36,7 +36,6 @@ from teacher_cache.storage.check.verify import IntegrityReport
 from teacher_cache.storage.errors import CacheError, CacheMismatchError
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.observe.logs import event, logger
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -194,7 +193,7 @@ class _CacheRows(ProvableRows):
     """Rows of all views of a finished cache."""
 
     def __init__(self, reader: EmbeddingReader) -> None:
-        samples, captions = (TableRows(reader.files, reader.manifest, name) for name in (SAMPLES, CAPTIONS))
+        samples, captions = (reader.table(name) for name in (SAMPLES, CAPTIONS))
         super().__init__(samples.take, captions.take, reader.take)
         self._reader = reader
         self.quarantined = {

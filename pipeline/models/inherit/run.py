@@ -41,7 +41,6 @@ from teacher_cache.pipeline.settings.names import TRANSFORMERS
 from teacher_cache.pipeline.settings.student import InheritConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
-from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import CAPTIONS
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -93,7 +92,7 @@ def inherit(config: InheritConfig, progress: Callable[[str, int, int], None] | N
     counts, digest = None, None
     if config.cache is not None:
         reader = EmbeddingReader(config.cache)
-        captions = TableRows(reader.files, reader.manifest, CAPTIONS, columns=["text"])
+        captions = reader.table(CAPTIONS, columns=["text"])
         images = reader.row_set(learned_split(config, reader.identity.dataset.splits))
         vocab_size = int(architecture["text_cfg"].get("vocab_size", 49408))
         tokenizer, counts, done = student_tokenizer(architecture), torch.zeros(vocab_size, dtype=torch.int64), 0
