@@ -295,7 +295,7 @@ def measure_parts(out: Path) -> None:
         for name, location in (("one", str(whole)), ("hundred", f"{parts}/*.cache")):
             run = subprocess.run([sys.executable, __file__, "stream", location], capture_output=True, check=True)
             took.setdefault(name, []).append([float(number) for number in run.stdout.split()])
-    names = ("open, s", "first epoch, s", "second epoch, s", "peak MiB")
+    names = ("open, s", "first epoch, s", "second epoch, s", "memory, MiB")
     for name, one, hundred in zip(names, *(np.array(took[key]).T for key in ("one", "hundred")), strict=True):
         ratio = hundred / one
         print(f"{name}: one {np.median(one):.2f}, hundred {np.median(hundred):.2f}", end="; ")
@@ -315,7 +315,7 @@ def write_part(place: str, made: dict[str, pa.Table], rows: int) -> None:
 
 
 def stream_epochs(location: str) -> None:
-    """Prints seconds to open, of two epochs, and the peak memory that files mapped into it do not count in."""
+    """Prints seconds to open and of two epochs, and MiB of memory, without the files that are mapped into it."""
     began = time.perf_counter()
     reader = EmbeddingReader(location)
     rows, _ = reader.row_set(), reader.caption_index
@@ -325,9 +325,8 @@ def stream_epochs(location: str) -> None:
         for values in reader.stream("image", batches(window_order(rows, 4096, 16, 0, epoch), 1024)):
             assert len(values) == 1024
         took.append(time.perf_counter() - began)
-    memory = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    mapped = sum(int(line.split()[1]) for line in memory if line.startswith("Shared_"))
-    print(*took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - mapped) / 2**10)
+    own = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    print(*took, int(own.split()[1]) / 2**10)
 
 
 def measure_growth(out: Path) -> None:

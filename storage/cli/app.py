@@ -74,9 +74,9 @@ class Command(click.Command):
             if times > 1 and isinstance(param, click.Option) and not (param.multiple or param.is_flag):
                 raise click.UsageError(f"{param.opts[0]} is given twice; it takes one value", ctx)
         if extra:
-            if advice := typed_as(extra[0], [str(param.name) for param in self.params]):
-                raise UsageError(advice)
             pattern = _before_expansion([word for word in typed if Path(word).suffix == Path(extra[0]).suffix != ""])
+            if not pattern and (advice := typed_as(extra[0], [str(param.name) for param in self.params])):
+                raise UsageError(advice)
             advice = f"; did the shell expand a pattern? Quote it: '{pattern}'" if pattern else ""
             raise click.UsageError(f"Unexpected words: {' '.join(extra)}{advice}", ctx)
         return extra
@@ -101,7 +101,7 @@ def _before_expansion(words: list[str]) -> str:
         return ""
     before, ending = os.path.commonprefix(words).rstrip(digits), Path(words[0]).suffix  # noqa: RUF071 - of texts
     names = [word[len(before) : -len(ending)] for word in words]
-    counted = all(map(str.isdecimal, names)) and int(names[-1]) - int(names[0]) == len(names) - 1
+    counted = ending != ".cache" and all(map(str.isdecimal, names)) and int(names[-1]) - int(names[0]) == len(names) - 1
     return before + (f"{{{names[0]}..{names[-1]}}}" if counted else "*") + ending
 
 

@@ -57,6 +57,7 @@ CASES = [
     ),
     (f"{PRECOMPUTE} w:s/008.tar w:s/x.tar w:s/y.tar", 2, "Quote it: 'w:s/*.tar'"),
     ("train --out o a.toml b.toml c.toml", 2, "Unexpected words: b.toml c.toml; did the shell expand a pattern?"),
+    ("train --cache p/1.cache p/2.cache p/3.cache", 2, "did the shell expand a pattern? Quote it: 'p/*.cache'"),
     ("train a.toml b", 2, "Unexpected words: b\n"),
     (f"{PRECOMPUTE} webdataset:no/{{0..3}}.tar", 2, "/no is not there; "),
     (f"{PRECOMPUTE} webdataset:images.tar?txt=line", 2, "txt='line' is not known; it is one of whole, lines"),

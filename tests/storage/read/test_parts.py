@@ -25,7 +25,7 @@ VIEWS, CHUNK = 2, 4
 LOST = (5, 17, 29)
 
 
-def make(location: Path, first: int, stop: int, **plan: Any) -> None:
+def make(location: Path | str, first: int, stop: int, **plan: Any) -> None:
     """A cache of rows ``first`` to ``stop`` of the whole, with two captions an image."""
     names = [f"img-{row}" for row in range(first, stop)]
     captions = 2 * (stop - first)
@@ -154,3 +154,14 @@ def test_the_digest_stands_for_every_part(home: Path, tmp_path: Path, parts: Emb
     with pytest.raises(CacheMismatchError, match=message):
         EmbeddingReader(fewer.location, manifest_digest=parts.manifest.digest)
     assert cache_digest(home / "parts") == before
+
+
+@pytest.mark.parametrize("object_store", ["seaweedfs"], indirect=True)
+def test_parts_on_an_object_store(s3_location: str, whole: EmbeddingReader) -> None:
+    for number, (first, stop) in enumerate(pairwise(STARTS)):
+        make(f"{s3_location}/parts/{number}.cache", first, stop)
+    parts = EmbeddingReader(f"{s3_location}/parts/*.cache")
+    np.testing.assert_array_equal(parts.take("text", np.arange(60)), whole.take("text", np.arange(60)))
+    rows = [np.random.default_rng(0).permutation(whole.image_rows())]
+    np.testing.assert_array_equal(*(next(reader.stream("image", rows)) for reader in (parts, whole)))
+    assert [row.row for row in parts.quarantined] == [*LOST]
