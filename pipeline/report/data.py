@@ -85,7 +85,7 @@ class RunReport(BaseModel, frozen=True):
     steps: tuple[Step, ...]
     steps_of: int
     evaluations: tuple[EvaluateResult, ...] = Field(description="Evaluations in the run folder, newest first.")
-    same_cache: bool = Field(description="True if the run was trained on the report's cache.")
+    same_cache: bool = Field(description="True if the report's cache is one that the run was trained on.")
 
 
 def of_other_data(result: EvaluateResult, manifest_digest: str) -> bool:

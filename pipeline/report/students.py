@@ -45,7 +45,7 @@ def read_runs(paths: Sequence[str], manifest_digest: str) -> tuple[tuple[RunRepo
                 else f"{path}: learned from images without captions: teacher-cache evaluate --run {path} --cache "
                 "CACHE-WITH-CAPTIONS measures its recall, zero-shot its classes."
             )
-        same_cache = record.cache_manifest_digest == manifest_digest
+        same_cache = manifest_digest in record.manifest_digests
         others = [result.cache for result in evaluations if of_other_data(result, manifest_digest)]
         only_elsewhere = len(others) == len(evaluations) > 0
         if only_elsewhere and not same_cache:

@@ -18,6 +18,7 @@ from teacher_cache.pipeline.cli.app import app, main
 from teacher_cache.pipeline.cli.demo import RUN_NAMES
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult, evaluate
 from teacher_cache.pipeline.models.run_folder import RunFolder
+from teacher_cache.pipeline.models.run_record import OtherTeacher
 from teacher_cache.pipeline.report.charts import newest_evaluations
 from teacher_cache.pipeline.report.collect import collect_report
 from teacher_cache.pipeline.report.data import ReportData
@@ -133,6 +134,12 @@ def test_a_run_is_shown_with_its_steps_and_evaluations(home: Path) -> None:
     assert dates == sorted(dates, reverse=True)
     ((other,), _) = read_runs([str(home / "run")], "0" * 64)
     assert not other.same_cache
+    another = OtherTeacher(teacher="t", cache_manifest_digest="0" * 64, identity=found.record.identity)
+    with pytest.MonkeyPatch.context() as patched:  # a run of several teachers, of which the report shows the second
+        record = found.record.model_copy(update={"others": (another,)})
+        patched.setattr(RunFolder, "read", lambda self: record)
+        ((second,), _) = read_runs([str(home / "run")], "0" * 64)
+    assert second.same_cache
 
 
 def test_what_is_wrong_with_a_run_is_said(home: Path, tmp_path: Path) -> None:
