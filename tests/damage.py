@@ -55,6 +55,7 @@ def make_older(cache: Path, older: Path) -> Path:
     shutil.copytree(cache, older)
     writer, reader = EmbeddingWriter(str(older)), EmbeddingReader(str(cache))
     lost = {row.row: row for row in reader.quarantined}
+    writer.replaces.update(all_chunks(writer.manifest.layout))
     for ref in all_chunks(writer.manifest.layout):
         rows = ref.rows(writer.manifest.layout)
         here = [lost[row] for row in rows if row in lost and ref.tower == "image"]

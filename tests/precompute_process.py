@@ -1,4 +1,4 @@
-"""``precompute`` in processes of its own, killed at a chosen event or slowed down; started in milliseconds.
+"""``precompute`` in processes of its own, killed or stopped at a chosen event, or slowed down; started in milliseconds.
 
 A fork server imports torch and the pipeline once and forks from there: each process is a real one, with a
 real number to kill and nothing shared with the test but the files.
@@ -28,11 +28,14 @@ Event = tuple[str, str]
 
 
 class KillSwitch:
-    """Call it with (kind, key) for each event; at event ``kill_at`` it sends its own process SIGKILL."""
+    """Call it with (kind, key) for each event; at event ``kill_at`` it sends its own process SIGKILL.
 
-    def __init__(self, kill_at: int | None) -> None:
+    At the first event of the kind of ``stop_at`` whose key begins with its key, it sends SIGSTOP.
+    """
+
+    def __init__(self, kill_at: int | None, stop_at: Event | None = None) -> None:
         self.events: list[Event] = []
-        self._kill_at = kill_at
+        self._kill_at, self._stop_at = kill_at, stop_at
         self._lock = threading.Lock()
 
     def __call__(self, kind: str, key: str, ruin: Callable[[], None] | None = None) -> None:
@@ -46,6 +49,9 @@ class KillSwitch:
                 if ruin is not None:
                     ruin()
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self._stop_at is not None and kind == self._stop_at[0] and key.startswith(self._stop_at[1]):
+                self._stop_at = None
+                os.kill(os.getpid(), signal.SIGSTOP)
             self.events.append((kind, key))
 
 
@@ -54,6 +60,7 @@ def start(
     *,
     out: Path,
     kill_at: int | None = None,
+    stop_at: Event | None = None,
     teacher_seconds: float = 0.0,
     environment: dict[str, str] | None = None,
     setup: Callable[[], None] | None = None,
@@ -62,12 +69,14 @@ def start(
 
     Args:
         config: of PrecomputeConfig.
-        out: a file that gets {"result" or "error", "events"} as JSON when it ends by itself.
+        out: a file that gets {"result" or "error", "events", "hints"} as JSON when it ends by itself.
         kill_at: number of the event, from 0, at which it sends itself SIGKILL.
+        stop_at: kind of the event, and begin of its key, at which it first sends itself SIGSTOP.
         teacher_seconds: added to each forward pass.
         setup: called first, in the new process.
     """
-    process = FORK_SERVER.Process(target=_run, args=(config, out, kill_at, teacher_seconds, environment or {}, setup))
+    moment = (kill_at, stop_at)
+    process = FORK_SERVER.Process(target=_run, args=(config, out, moment, teacher_seconds, environment or {}, setup))
     process.start()
     return process
 
@@ -86,7 +95,7 @@ def finish(process: Any, out: Path, seconds: float = 120) -> dict[str, Any]:
 def _run(
     config: dict[str, Any],
     out: Path,
-    kill_at: int | None,
+    moment: tuple[int | None, Event | None],
     teacher_seconds: float,
     environment: dict[str, str],
     setup: Callable[[], None] | None,
@@ -94,16 +103,18 @@ def _run(
     os.environ.update(environment)
     if setup is not None:
         setup()
-    happens = KillSwitch(kill_at)
+    happens, hints = KillSwitch(*moment), list[str]()
     _watch(config["cache"], happens, teacher_seconds, passes_of(out))
     from teacher_cache.pipeline.precompute.run import precompute
     from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+    from teacher_cache.storage.observe.logs import hints_heard_by
 
     try:
-        ended = {"result": precompute(PrecomputeConfig(**config)).model_dump(mode="json")}
+        with hints_heard_by(hints.append):
+            ended = {"result": precompute(PrecomputeConfig(**config)).model_dump(mode="json")}
     except BaseException as error:
         ended = {"error": f"{type(error).__name__}: {error}"}
-    out.write_text(json.dumps({**ended, "events": happens.events}))
+    out.write_text(json.dumps({**ended, "events": happens.events, "hints": hints}))
     sys.stdout.flush()
     os._exit(0)  # no clean-up of what the fork server's process owns
 
@@ -154,8 +165,13 @@ def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, pas
         happens("after put", key)
 
     def create_object(self: RemoteFiles, key: str, data: bytes) -> bool:
+        if key.startswith("claims/"):
+            made = create(self, key, data)
+            happens("after create", key)
+            return made
+        happens("before put", key)
         made = create(self, key, data)
-        happens("after create", key)
+        happens("after put", key)
         return made
 
     os.fsync, teacher_inputs.open_image = fsync, open_image

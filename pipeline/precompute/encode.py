@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice, repeat, takewhile
 from types import TracebackType
@@ -34,12 +34,12 @@ from teacher_cache.pipeline.precompute.plan import Progress, rows_by_tower
 from teacher_cache.pipeline.precompute.reuse import KnownRows, known_rows
 from teacher_cache.pipeline.precompute.teacher_inputs import Prepared, TeacherInputs
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.files.location import begun_ahead, in_parallel, requests_at_once, results_ahead
-from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE, REQUESTS_AT_ONCE
+from teacher_cache.storage.files.location import begun_ahead, requests_at_once, results_ahead
+from teacher_cache.storage.files.protocol import REQUESTS_AT_ONCE
 from teacher_cache.storage.format.commits import ChunkRef, stretches_of
 from teacher_cache.storage.format.layout import Layout, Tower
 from teacher_cache.storage.observe.logs import event, hint, logger
-from teacher_cache.storage.write.claims import Claims, claim_name
+from teacher_cache.storage.write.claims import Claims
 from teacher_cache.storage.write.writer import EmbeddingWriter
 
 _LOG = logger("precompute")
@@ -55,12 +55,13 @@ _OTHERS_POLL_SECONDS = 0.5
 def encode_chunks(
     config: PrecomputeConfig, teacher: LiveTeacher, refs: Sequence[ChunkRef], progress: Progress | None = None
 ) -> None:
-    """Encode chunks of a planned cache, without claims. When it returns, every chunk is committed.
+    """Encode chunks of a planned cache that no other process writes to. Replaces them if they are committed.
 
     The row of an undecodable image is quarantined, and the chunk's commit names the image.
     """
     writer = EmbeddingWriter(config.cache)
     teacher.require(writer.manifest.identity, config.cache)
+    writer.replaces.update(refs)
     _Encoder(config, teacher, writer, RowTally(writer.manifest.layout, refs, progress)).encode(stretches_of(refs))
 
 
@@ -111,7 +112,7 @@ def encode_claimed(
                 encoder.encode(_noted(coming if takeovers == 0 else islice(coming, 1), claimed))
                 if claimed:
                     break
-            tally.add(shared.settle(claimed, claims))
+            tally.add(shared.settle(claimed))
             if shared.pending and not claimed:
                 time.sleep(_OTHERS_POLL_SECONDS)
     return shared.encoded
@@ -173,25 +174,25 @@ class _SharedChunks:
         self.pending = list(refs)
         self.encoded: set[ChunkRef] = set()
         # damaged chunks have a commit record too, so the record does not mean done; an earlier try's are sound
-        recorded = sorted(writer.committed(refs))
-        sound = in_parallel(writer.files, writer.is_sound, recorded, CHUNKS_AT_ONCE)
-        self._sound = {ref for ref, is_sound in zip(recorded, sound, strict=True) if is_sound}
-        self._damaged = set(recorded) - self._sound
+        self._sound = writer.sound(refs)
 
     def is_done(self, ref: ChunkRef) -> bool:
         """Return whether a chunk needs no more work."""
         if ref in self.encoded or ref in self._sound:
             return True
-        return self._writer.is_sound(ref) if ref in self._damaged else self._writer.is_committed(ref)
+        return self._writer.is_sound(ref) if ref in self._writer.replaces else self._writer.is_committed(ref)
 
-    def settle(self, claimed: Iterable[ChunkRef], claims: Claims) -> list[ChunkRef]:
+    def settle(self, claimed: Collection[ChunkRef]) -> list[ChunkRef]:
         """Remove the finished chunks, and return those that other processes encoded."""
-        # two writers that round differently may mix: one's objects, the other's record
-        mixed = {ref for ref in claimed if claims.contested(claim_name(ref)) and not self._writer.is_sound(ref)}
-        self._damaged |= mixed
-        self.encoded.update(set(claimed) - mixed)
-        elsewhere = [ref for ref in self.pending if ref not in self.encoded and self.is_done(ref)]
-        finished = self.encoded.union(elsewhere)
+        own = self._writer.written.intersection(claimed)
+        if late := len(claimed) - len(own):
+            hint(
+                f"warning: {late} of {len(claimed)} chunks that this process encoded were committed by another process "
+                "first: this one stood still for too long, and was given up. Nothing is lost or changed"
+            )
+        self.encoded |= own
+        elsewhere = [ref for ref in self.pending if ref not in claimed and self.is_done(ref)]
+        finished = {*claimed, *elsewhere}
         self.pending = [ref for ref in self.pending if ref not in finished]
         return elsewhere
 

@@ -76,6 +76,19 @@ class CacheFiles(ABC):
             UsageError: this kind of location has no exclusive creation.
         """
 
+    def place(self, key: str, data: bytes) -> bytes | None:
+        """Create the object unless it exists. Return the bytes of the existing one, or None.
+
+        An empty object is replaced: on a file system without hard links, a kill within :meth:`create` leaves one.
+
+        Raises:
+            UsageError: this kind of location has no exclusive creation.
+        """
+        existing = None if self.create(key, data) else self.read(key)
+        if existing == b"":
+            self.write(key, data)
+        return existing or None
+
     @abstractmethod
     def exists(self, key: str) -> bool:
         """Return whether the object exists."""

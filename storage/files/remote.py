@@ -56,7 +56,7 @@ RETRY = RetryPolicy()
 """Default policy: about 15 seconds of pauses before it gives up."""
 
 _MARK = "createdby"  # metadata of an object made by create(); Azure takes identifiers only
-_ONE_PUT_BYTES = 64 << 20  # a larger object goes part after part, each with its own time limit
+_ONE_PUT_BYTES = 64 << 20  # a larger object goes part after part, each with its own time limit; a created one has more
 _PART_BYTES = 16 << 20
 
 
@@ -145,7 +145,7 @@ class RemoteFiles(CacheFiles):
                 except FileNotFoundError:
                     continue  # deleted between the two calls: free again
 
-        return self._try("create", key, attempt, named)
+        return self._try("create", key, attempt, named, 1 + len(data) // _ONE_PUT_BYTES)
 
     def _prove_create(self, named: str) -> None:
         if not self._can_create:
@@ -211,12 +211,15 @@ class RemoteFiles(CacheFiles):
         """Do nothing: the few bytes of :meth:`partials` are not worth a listing of the whole cache."""
         return 0
 
-    def _try(self, verb: str, key: str, call: Callable[[Any, str], _Result], named: str | None = None) -> _Result:
+    def _try(
+        self, verb: str, key: str, call: Callable[[Any, str], _Result], named: str | None = None, patience: int = 1
+    ) -> _Result:
         """Return the call's result. Retries transient failures.
 
         Args:
             call: takes the store and the key's path in it.
             named: key to name in errors. Default: ``key``.
+            patience: factor of ``RetryPolicy.answer_seconds``.
 
         Raises:
             FileNotFoundError: the object does not exist.
@@ -228,7 +231,7 @@ class RemoteFiles(CacheFiles):
         failures, began = 0, time.monotonic()
         while True:
             try:
-                result = call(self._opened(retry, where), self._path(key))
+                result = call(self._opened(retry, where, patience), self._path(key))
                 self._bucket_exists = True
                 self._note_answer()
                 return result
@@ -263,9 +266,9 @@ class RemoteFiles(CacheFiles):
             _log.log(level, "%s (%s); try %d of %d in %.1f s", where, failure.text, failures + 1, retry.tries, pause)
             time.sleep(pause)
 
-    def _opened(self, retry: RetryPolicy, where: str) -> Any:
+    def _opened(self, retry: RetryPolicy, where: str, patience: int) -> Any:
         self._has_answered = self._has_answered or has_answered(self.location)
-        seconds = retry.answer_seconds
+        seconds = retry.answer_seconds * patience
         if not self._has_answered:
             seconds = min(seconds, retry.first_answer_seconds)
         if self._store is None or self._process != os.getpid() or self._answer_seconds != seconds:

@@ -127,9 +127,14 @@ def encode_object(
     body = np.ascontiguousarray(values).tobytes()
     if compressor is not None:
         body = bytes(_blosc(dtype).encode(body))
-    crc = crc32c(body)
-    data = body + crc.to_bytes(CRC_BYTES, "little")
-    return data, ObjectDigest(nbytes=len(data), crc32c=crc, sha256=hashlib.sha256(data).hexdigest())
+    data = body + crc32c(body).to_bytes(CRC_BYTES, "little")
+    return data, object_digest(data)
+
+
+def object_digest(data: bytes) -> ObjectDigest:
+    """Return the digests of a chunk object. The checksum is the one in its last four bytes, which is not proven."""
+    crc = int.from_bytes(data[-CRC_BYTES:], "little")
+    return ObjectDigest(nbytes=len(data), crc32c=crc, sha256=hashlib.sha256(data).hexdigest())
 
 
 def decode_object(

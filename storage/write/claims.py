@@ -1,8 +1,7 @@
 """Claims of processes on chunks, so that several processes share the work on one cache.
 
-A claim is an object that only one process can create. It saves work, but is not needed for correct rows: two processes
-with the same libraries, threads and device write the same bytes for a chunk. If these differ, objects of one process
-may lie beside the commit record of the other, so a ``contested`` chunk is checked again.
+A claim is an object that only one process can create. It saves work, but is not needed for correct rows: a chunk that
+two processes encode has the objects and the commit record that came first.
 
 A process shows that it is alive by a heartbeat, an object that it changes every few seconds. A claim is stale when its
 process has ended, if this machine can tell, or when its heartbeat has not changed for a while by the observer's clock.
@@ -19,7 +18,7 @@ from types import TracebackType
 
 from pydantic import ValidationError
 
-from teacher_cache.storage.errors import CacheUnreachableError, UsageError
+from teacher_cache.storage.errors import CacheUnreachableError
 from teacher_cache.storage.files.claim_records import BEATS_MISSED, CLAIMS, ClaimRecord, read_claim
 from teacher_cache.storage.files.location import in_parallel
 from teacher_cache.storage.files.processes import ProcessName, this_process
@@ -51,7 +50,6 @@ class Claims:
         self._held: list[str] = []
         self._in_doubt: str | None = None  # key being created: an interrupt may come before the answer
         self._seen: dict[str, tuple[bytes, float]] = {}
-        self._alone = False
         self._over = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="claims", daemon=True)
 
@@ -79,24 +77,18 @@ class Claims:
 
         Args:
             takeovers: number of earlier holders that may have ended without finishing. Default: any.
+
+        Raises:
+            UsageError: this kind of location has no exclusive creation.
         """
         attempt = 0
         while True:
             key = f"{CLAIMS}/{name.replace('/', '-')}.{attempt}.json"
-            if self._alone or key in self._held:
-                return True
-            if self._create(key):
+            if key in self._held or self._create(key):
                 return True
             if attempt == takeovers or not self._stale(key):
                 return False
             attempt += 1
-
-    def contested(self, name: str) -> bool:
-        """Return whether another process may work on a name that this one holds.
-
-        True if the store has no exclusive creation, or if the name was taken over from a process that may be alive.
-        """
-        return self._alone or f"{CLAIMS}/{name.replace('/', '-')}.0.json" not in self._held
 
     def share(
         self, stretches: Iterable[list[ChunkRef]], done: Callable[[ChunkRef], bool], takeovers: int | None = None
@@ -130,12 +122,7 @@ class Claims:
             self._write_beat(0)
             self._beating.start()
         self._in_doubt = key
-        try:
-            created = self._files.create(key, self._bytes())
-        except UsageError:
-            # no exclusive creation in this store: every process takes all chunks
-            self._alone, self._in_doubt = True, None
-            return True
+        created = self._files.create(key, self._bytes())
         if created:
             self._held.append(key)
         self._in_doubt = None

@@ -20,7 +20,7 @@ from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.journal import JOURNAL
 from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, CacheManifest, Source, StaticFile
-from teacher_cache.storage.format.manifest_file import read_manifest, write_manifest
+from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, read_static, read_table, table_files
 from teacher_cache.storage.write.claims import PLAN, Claims
 
@@ -41,14 +41,16 @@ def plan_cache(
 
     A second call with the same arguments changes nothing. An existing cache may have more views than ``identity``
     names. Several processes may call at once: one plans, the others wait for it and compare. A crash leaves a cache
-    without manifest, which the next call plans again.
+    without manifest, which the next call plans again. Every file is created, and none replaced: a process that was
+    paused here changes nothing of a cache that another one has planned.
 
     Args:
         tables: samples, captions and problems (``teacher_cache.storage.format.tables``).
         made_with: versions of the libraries; only the first call stores them.
 
     Raises:
-        CacheMismatchError: another cache exists here. The message names each field that differs.
+        CacheMismatchError: another cache exists here; the message names each field that differs. Or another plan was
+            interrupted here.
     """
     files = open_files(location)
     files.remove_partials()
@@ -58,7 +60,9 @@ def plan_cache(
             if not claims.take(PLAN):
                 time.sleep(_PLAN_POLL_SECONDS)
             elif not _is_planned(files):  # the last holder of the claim may have planned it
-                return _start(files, identity, layout, source, tables, made_with)
+                manifest = _start(files, identity, layout, source, tables, made_with)
+                if manifest is not None:
+                    return manifest
     return _take_up(files, identity, layout, tables)
 
 
@@ -79,7 +83,7 @@ def _take_up(files: CacheFiles, identity: CacheIdentity, layout: Layout, tables:
             "Name the dataset in the form that the cache was planned with; only its folder may differ."
         )
     if not files.exists(MANIFEST_KEY):  # its planner was killed between the backup and the manifest
-        write_manifest(files, manifest)
+        files.place(MANIFEST_KEY, manifest.to_bytes())
     return manifest
 
 
@@ -115,12 +119,25 @@ def _start(
     source: Source,
     tables: dict[str, pa.Table],
     made_with: dict[str, str],
-) -> CacheManifest:
+) -> CacheManifest | None:
+    """Write tables, metadata and manifest. Return None if another process has planned the cache meanwhile.
+
+    Raises:
+        CacheMismatchError: an interrupted plan has left another file.
+    """
     contents: dict[str, tuple[bytes, int | None]] = {key: (data, None) for key, data in zarr_metadata(layout).items()}
     for name in (SAMPLES, CAPTIONS, PROBLEMS):
         contents.update(table_files(name, tables[name]))
-    for _ in in_parallel(files, lambda key: files.write(key, contents[key][0]), list(contents)):
-        pass
+    present = in_parallel(files, lambda key: files.place(key, contents[key][0]), list(contents))
+    others = [key for key, earlier in zip(contents, present, strict=True) if earlier not in (None, contents[key][0])]
+    if others and _is_planned(files):
+        return None
+    if others:
+        raise CacheMismatchError(
+            f"{files.location}: {others[0]} of an interrupted run has other content than this run's (another dataset, "
+            "teacher, setting or library version). Nothing is encoded here yet. If no other process plans this cache "
+            "now, delete it and run the same command again; or encode to a new path."
+        )
     static = {
         key: StaticFile(sha256=hashlib.sha256(data).hexdigest(), rows=rows) for key, (data, rows) in contents.items()
     }
@@ -137,7 +154,9 @@ def _start(
         made_with=made_with,
     )
     # manifest last: once it exists, the tables and metadata that it names can be trusted
-    write_manifest(files, manifest)
+    if files.place(BACKUP_KEY, manifest.to_bytes()) is not None:
+        return None
+    files.place(MANIFEST_KEY, manifest.to_bytes())
     return manifest
 
 

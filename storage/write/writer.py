@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError
 from teacher_cache.storage.files.location import in_parallel, open_files
 from teacher_cache.storage.files.protocol import CHUNKS_AT_ONCE
-from teacher_cache.storage.format.arrays import decode_object, encode_object, stored_form
+from teacher_cache.storage.format.arrays import decode_object, encode_object, object_digest, stored_form
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import (
     ChunkCommit,
     ChunkRef,
+    ObjectDigest,
     QuarantinedRow,
     all_chunks,
     committed_chunks,
+    proven_commit,
     quarantined_rows,
     read_commit,
 )
@@ -35,7 +37,11 @@ from teacher_cache.storage.write.claims import clear_claims
 
 
 class EmbeddingWriter:
-    """Writer of the chunks of one planned cache. Writing a chunk again replaces it with equal bytes."""
+    """Writer of the chunks of one planned cache.
+
+    Objects and commit records are created, never replaced, except damaged ones. So a writer that was paused for any
+    time can change nothing that another one has committed (``docs/design/025-late-writers.md``).
+    """
 
     def __init__(self, location: str, manifest: CacheManifest | None = None) -> None:
         """Open a planned cache.
@@ -49,6 +55,8 @@ class EmbeddingWriter:
         """Commit records of all chunks, once the cache is sealed by this writer."""
         self.written: set[ChunkRef] = set()
         """Chunks that this writer has committed."""
+        self.replaces: set[ChunkRef] = set()
+        """Chunks whose objects and commit record :meth:`write` replaces: they were committed, and are damaged."""
         self.samples = TableRows(self.files, self.manifest, SAMPLES)
         """Samples table, read by rows."""
         self.captions = TableRows(self.files, self.manifest, CAPTIONS)
@@ -72,9 +80,16 @@ class EmbeddingWriter:
         Reads all committed chunks once. A damaged chunk is pending, so running again repairs it.
         """
         refs = all_chunks(self.manifest.layout)
-        committed = self.committed(refs)
-        sound = in_parallel(self.files, self.is_sound, [ref for ref in refs if ref in committed], CHUNKS_AT_ONCE)
-        return [ref for ref in refs if ref not in committed or not next(sound)]
+        sound = self.sound(refs)
+        return [ref for ref in refs if ref not in sound]
+
+    def sound(self, refs: Sequence[ChunkRef]) -> set[ChunkRef]:
+        """Return the chunks that are committed with sound bytes. Adds the damaged ones to ``replaces``."""
+        recorded = sorted(self.committed(refs))
+        proofs = in_parallel(self.files, self.is_sound, recorded, CHUNKS_AT_ONCE)
+        sound = {ref for ref, is_sound in zip(recorded, proofs, strict=True) if is_sound}
+        self.replaces.update(set(recorded) - sound)
+        return sound
 
     def committed(self, refs: Sequence[ChunkRef]) -> set[ChunkRef]:
         """Return the chunks that have a commit record, damaged ones included."""
@@ -105,9 +120,11 @@ class EmbeddingWriter:
         quarantined: Sequence[QuarantinedRow] = (),
         cost: ChunkCost | None = None,
     ) -> ChunkCommit:
-        """Write one whole chunk, its commit record last.
+        """Write one whole chunk, its commit record last, and return the record that stands.
 
-        A crash leaves at most objects without a commit record, which the next write of the chunk replaces.
+        A crash leaves at most objects without a commit record. The next write of the chunk keeps those, whose rows may
+        differ from its own in the last bits, and adds what is missing. If another process commits the chunk first, its
+        record stands, and ``written`` does not get the chunk.
 
         Args:
             arrays: ``embedding`` (rows, dim) float16 of unit norm, ``norm`` (rows,) float32, and for images
@@ -120,6 +137,7 @@ class EmbeddingWriter:
         Raises:
             ValueError: wrong arrays, shapes, dtypes or number of rows; a row that is not finite or not of
                 unit norm. Nothing is written then.
+            CacheCorruptError: an object without a commit record is damaged.
         """
         layout = self.manifest.layout
         rows = ref.rows(layout)
@@ -133,10 +151,9 @@ class EmbeddingWriter:
             for name in stored
         }
         started = time.perf_counter()
+        keys, place = ref.object_keys(layout), self.files.write if ref in self.replaces else self.files.place
         # in any order, but all of them before the commit
-        keys = ref.object_keys(layout)
-        for _ in in_parallel(self.files, lambda name: self.files.write(keys[name], encoded[name][0]), list(keys)):
-            pass
+        present = in_parallel(self.files, lambda name: place(keys[name], encoded[name][0]), list(keys))
         commit = ChunkCommit(
             tower=ref.tower,
             view=ref.view,
@@ -144,17 +161,58 @@ class EmbeddingWriter:
             rows=(rows.start, rows.stop),
             encoder_digest=self.manifest.identity.encoder_digest,
             rows_sha256=self.rows_sha256(ref),
-            objects={name: digest for name, (_, digest) in encoded.items()},
+            objects=self._placed(ref, encoded, dict(zip(keys, present, strict=True)), quarantined),
             quarantined=tuple(quarantined),
         )
         # commit record last: once it exists, the chunk can be trusted
-        self.files.write(ref.commit_key, commit.to_bytes())
+        if (earlier := place(ref.commit_key, commit.to_bytes())) is not None:
+            return proven_commit(earlier, self.files.location, self.manifest, ref)
         self.written.add(ref)
         if cost is not None:
             spent = time.perf_counter() - started
             noted = cost.model_copy(update={"write_seconds": spent, "seconds": cost.seconds + spent})
             write_cost(self.files, ref, noted, commit)
         return commit
+
+    def _placed(
+        self,
+        ref: ChunkRef,
+        encoded: dict[str, tuple[bytes, ObjectDigest]],
+        present: dict[str, bytes | None],
+        quarantined: Sequence[QuarantinedRow],
+    ) -> dict[str, ObjectDigest]:
+        """Return the digests of the objects that are in place: this writer's, and those of an earlier one.
+
+        An earlier writer of the cache had the same teacher and images, so its rows are as right as these.
+
+        Args:
+            encoded: bytes and digest of each object as this writer has made it.
+            present: bytes of each object that was in place already.
+
+        Raises:
+            CacheCorruptError: an object is damaged, or has other quarantined rows.
+        """
+        layout, rows, keys = self.manifest.layout, ref.rows(self.manifest.layout), ref.object_keys(self.manifest.layout)
+        digests, arrays = {name: digest for name, (_, digest) in encoded.items()}, {}
+        others = {name: data for name, data in present.items() if data not in (None, encoded[name][0])}
+        if not others:
+            return digests
+        try:
+            for name, (own, _) in encoded.items():
+                data, (shape, dtype) = others.get(name) or own, stored_form(layout, ref.tower, name)
+                digests[name] = object_digest(data)
+                stored = decode_object(data, digests[name], shape, dtype, keys[name], layout.compressor)
+                arrays[name] = stored[: len(rows)]
+            wrong = [f"{name}: {what}" for name, _, what in wrong_rows(rows, arrays, {row.row for row in quarantined})]
+        except CacheCorruptError as error:
+            wrong = [str(error)]
+        if wrong:
+            raise CacheCorruptError(
+                f"{self.files.location}: {' and '.join(keys[name] for name in others)} of an interrupted run cannot be "
+                f"used for {ref.name} ({wrong[0]}). Delete this while no process writes to the cache, and run the same "
+                "command again."
+            )
+        return digests
 
     def _check(self, ref: ChunkRef, rows: range, arrays: dict[str, NDArray[Any]], quarantined: set[int]) -> None:
         stored = set(stored_arrays(self.manifest.layout, ref.tower))

@@ -99,6 +99,7 @@ def forge(cache: Path, to: Path, change: Callable[[Rows], Any], quarantined: Seq
     rows = rows_of(cache)
     change(rows)
     writer = EmbeddingWriter(str(shutil.copytree(cache, to)))
+    writer.replaces.update(all_chunks(writer.manifest.layout))
     lost = quarantined or EmbeddingReader(str(cache)).quarantined
     for ref in all_chunks(writer.manifest.layout):
         at = ref.rows(writer.manifest.layout)

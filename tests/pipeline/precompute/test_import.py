@@ -300,15 +300,16 @@ def test_a_folder_of_other_images_is_refused(home: Home, tmp_path: Path) -> None
 
 def _import_and_die(settings: dict[str, Any], after: int, half: bool) -> None:
     """Import in this process, which is killed when it has written so many chunks, or the objects of one more."""
-    put, written = LocalFiles.write, [0]
+    create, written = LocalFiles.create, [0]
 
-    def write(self: LocalFiles, key: str, data: bytes) -> None:
+    def watched(self: LocalFiles, key: str, data: bytes) -> bool:
         if written[0] == after and key.startswith("commits/" if half else "targets.zarr/") and "zarr.json" not in key:
             os.kill(os.getpid(), signal.SIGKILL)
-        put(self, key, data)
+        made = create(self, key, data)
         written[0] += key.startswith("commits/")
+        return made
 
-    LocalFiles.write = write  # type: ignore[method-assign]
+    LocalFiles.create = watched  # type: ignore[method-assign]
     import_rows(ImportConfig(**settings))
     os._exit(0)
 

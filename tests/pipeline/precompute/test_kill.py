@@ -4,22 +4,27 @@ bytes of an unbroken run; in a folder and on a real S3 protocol.
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.errors import CacheIncompleteError, CacheNotFoundError
+from teacher_cache.storage.files import processes
 from teacher_cache.storage.files.claim_records import CLAIMS
 from teacher_cache.storage.files.location import open_files
-from teacher_cache.storage.format.commits import all_chunks
+from teacher_cache.storage.format.commits import ChunkRef, all_chunks
 from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.write.claims import Claims
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import cache_digest, write_photos
 from tests.pipeline.precompute.conftest import settings
@@ -293,3 +298,51 @@ def test_two_that_plan_at_once_by_other_defaults_agree(work: Work, monkeypatch: 
     ended = [finish(process, out) for out, process in work.start_together("defaults", 2, seconds=0).items()]
     assert [end.get("error") for end in ended] == [None, None]
     assert sum(end["result"]["chunks_encoded"] for end in ended) == ended[0]["result"]["chunks"]
+
+
+STOPS = {  # in the write of the second object of a chunk, of a commit record, and of the first manifest
+    "object": {"folder": ("written", "targets.zarr/text/norm/c"), "s3": ("before put", "targets.zarr/text/norm/c")},
+    "record": {"folder": ("written", "commits/text"), "s3": ("before put", "commits/text")},
+    "manifest": {"folder": ("written", "."), "s3": ("before put", "manifest")},
+}
+
+
+def be_elsewhere() -> None:
+    """Make this process one of another machine, of which others know its heartbeat alone."""
+    processes._machine = lambda: "elsewhere-0"  # type: ignore[assignment]
+    Claims.__init__.__defaults__ = (0.1,)  # type: ignore[misc]
+
+
+def round_otherwise() -> None:
+    """Make the rows of this process those of another kind of processor."""
+    write = EmbeddingWriter.write
+
+    def rounded(self: EmbeddingWriter, ref: ChunkRef, arrays: dict[str, Any], *rest: Any) -> Any:
+        return write(self, ref, arrays | {"norm": np.nextafter(arrays["norm"], np.float32(np.inf))}, *rest)
+
+    EmbeddingWriter.write = rounded  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_one_that_wakes_up_after_the_seal_changes_nothing(work: Work, stop: str) -> None:
+    """Stopped within a write for longer than its heartbeat lasts; another, which rounds otherwise, takes over."""
+    name, out = f"late-{stop}", work.folder / f"late-{stop}-first.json"
+    at = STOPS[stop]["s3" if "://" in work.root else "folder"]
+    late = work.start(name, out, stop_at=at, setup=be_elsewhere)
+    try:
+        until = time.monotonic() + 60
+        while Path(f"/proc/{late.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        other = finish(work.start(name, setup=round_otherwise), work.folder / f"{name}.json")
+        assert "error" not in other, other
+        files = open_files(work.location(name))
+        sealed = {key: files.read(key) for key in files.list() if not key.startswith("journal/")}
+    finally:
+        os.kill(late.pid, signal.SIGCONT)
+    ended = finish(late, out)
+    assert ended["result"]["manifest_digest"] == other["result"]["manifest_digest"], ended
+    assert {key: files.read(key) for key in files.list() if not key.startswith("journal/")} == sealed
+    assert verify_cache(work.location(name)).ok
+    told = ["were committed by another process first" in hint for hint in ended["hints"]]
+    assert told == ([] if stop == "manifest" else [True])

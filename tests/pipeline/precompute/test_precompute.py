@@ -186,6 +186,7 @@ def test_a_repair_that_changes_sealed_bytes_says_so(
     arrays = {name: reader.take("text", rows, array=name) for name in ("embedding", "norm")}
     arrays["norm"] = np.nextafter(arrays["norm"], np.float32(np.inf))
     before = path.read_bytes()
+    writer.replaces.add(ChunkRef("text", 0, 1))
     writer.write(ChunkRef("text", 0, 1), arrays)
     assert path.read_bytes() != before
     assert precompute(settings).replaced_manifest_digest == first.manifest_digest

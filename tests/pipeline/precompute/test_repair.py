@@ -306,6 +306,7 @@ def test_a_repair_that_stopped_before_the_seal_goes_on(home: Home, counted: Coun
     cache = home.copy(tmp_path / "c")
     ref = ChunkRef("text", 0, 2)
     writer, older = EmbeddingWriter(str(cache)), EmbeddingReader(str(home.others.older))
+    writer.replaces.add(ref)
     writer.write(
         ref, {name: older.chunks.chunk(ref, name) for name in ref.object_keys()}, cost=ChunkCost(rows=4, seconds=1)
     )

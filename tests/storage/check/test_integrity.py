@@ -185,6 +185,7 @@ def test_info_does_not_depend_on_the_journal(known_cache: Path) -> None:
     writer = EmbeddingWriter(str(known_cache))
     for number in range(4):
         ref = ChunkRef("text", 0, number)
+        writer.replaces.add(ref)
         writer.write(ref, known_arrays(writer, ref), cost=ChunkCost(rows=4, seconds=2.0, teacher_seconds=2.0))
     notes = [known_cache / f"journal/text/00000{number}.json" for number in range(4)]
     notes[0].write_bytes(notes[0].read_bytes().replace(b"2.0", b"9.0"))

@@ -76,9 +76,11 @@ def test_a_chunk_is_written_by_as_few_requests_as_it_has_objects(far: FaultProxy
     writer = EmbeddingWriter(location)
     arrays = known_arrays(writer, ref)
     writer.samples.read(range(1))
+    writer.files.create("claims/text-000000.0.json", b"{}")  # a claim is the first object that is created
     far.forget()
     writer.write(ref, arrays)
     assert far.counts() == {("PUT", "targets.zarr"): 3, ("PUT", "commits"): 1}
+    assert all(request.conditional for request in far.requests)
     assert far.most_at_once == 3  # and not four: the commit comes when all of them are there
 
 
@@ -128,14 +130,14 @@ def test_a_chunk_of_which_an_object_is_not_written_is_not_committed(monkeypatch:
     plan_known_cache(location)
     writer = EmbeddingWriter(location)
     ref = ChunkRef("image", 0, 1)
-    write = RemoteFiles.write
+    create = RemoteFiles.create
 
-    def fail(self: RemoteFiles, key: str, data: bytes) -> None:
+    def fail(self: RemoteFiles, key: str, data: bytes) -> bool:
         if "norm" in key:
             raise ConnectionError("lost")
-        write(self, key, data)
+        return create(self, key, data)
 
-    monkeypatch.setattr(RemoteFiles, "write", fail)
+    monkeypatch.setattr(RemoteFiles, "create", fail)
     with pytest.raises(ConnectionError, match="lost"):
         writer.write(ref, known_arrays(writer, ref))
     assert not writer.is_committed(ref)

@@ -123,6 +123,7 @@ def test_a_rewritten_chunk_with_a_fitting_commit_is_not_the_sealed_one(known_cac
     ref = ChunkRef("text", 0, 0)
     arrays = known_arrays(writer, ref)
     arrays["norm"] = arrays["norm"] + 1
+    writer.replaces.add(ref)
     writer.write(ref, arrays)
     with pytest.raises(CacheCorruptError, match="the commit records are not those that the cache was sealed with"):
         EmbeddingReader(str(known_cache)).take("text", np.array([20]))

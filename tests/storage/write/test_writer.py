@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from teacher_cache.storage.errors import CacheIncompleteError, CacheMismatchError
+from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
+from teacher_cache.storage.format.arrays import encode_object
 from teacher_cache.storage.format.commits import ChunkRef, QuarantinedRow
 from teacher_cache.storage.format.journal import ChunkCost
-from teacher_cache.storage.format.manifest import Source
+from teacher_cache.storage.format.manifest import BACKUP_KEY, MANIFEST_KEY, Source
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.conftest import (
@@ -115,3 +117,55 @@ def test_a_stray_file_is_not_sealed_in(known_cache: Path, tmp_path: Path) -> Non
     finish_known_cache(tmp_path / "c")
     (tmp_path / "c" / "commits" / ".DS_Store").unlink()
     assert cache_digest(tmp_path / "c") == cache_digest(known_cache)
+
+
+@pytest.mark.parametrize("plan", [{}, {"dtype": "int8"}, {"compressor": "blosc"}], ids=["float16", "int8", "blosc"])
+def test_objects_that_an_interrupted_writer_left_are_kept(tmp_path: Path, plan: dict[str, Any]) -> None:
+    """It rounded otherwise. What a slower writer may still have open must never be replaced."""
+    plan_known_cache(tmp_path / "c", **plan)
+    writer, ref = EmbeddingWriter(str(tmp_path / "c")), ChunkRef("text", 0, 6)
+    arrays, norm = known_arrays(writer, ref), tmp_path / "c" / ref.object_keys()["norm"]
+    other = EmbeddingWriter(str(tmp_path / "c"))
+    other.write(ref, {**arrays, "norm": arrays["norm"] + 1})
+    (tmp_path / "c" / ref.commit_key).unlink()
+    (tmp_path / "c" / ref.object_keys()["embedding"]).unlink()
+    left = norm.read_bytes()
+    commit = writer.write(ref, arrays)
+    assert norm.read_bytes() == left
+    assert writer.is_sound(ref)
+    assert writer.written == {ref}
+    # who comes too late changes nothing, and gets the record that stands
+    late = EmbeddingWriter(str(tmp_path / "c"))
+    assert late.write(ref, arrays) == commit
+    assert late.written == set()
+
+
+def test_a_damaged_object_without_a_commit_record_is_named(tmp_path: Path) -> None:
+    plan_known_cache(tmp_path / "c")
+    writer, ref = EmbeddingWriter(str(tmp_path / "c")), ChunkRef("text", 0, 0)
+    arrays, norm = known_arrays(writer, ref), tmp_path / "c" / ref.object_keys()["norm"]
+    writer.write(ref, arrays)
+    whole = norm.read_bytes()
+    quarantined = np.array([np.nan, *arrays["norm"][1:]], np.float32)
+    other_rows = encode_object(quarantined, (4,), np.dtype("<f4"))[0]
+    for data, reason in ((whole[:-1], "19 bytes"), (other_rows, "row 0 holds NaN"), (b"?", "1 bytes")):
+        (tmp_path / "c" / ref.commit_key).unlink(missing_ok=True)
+        norm.write_bytes(data)
+        with pytest.raises(CacheCorruptError, match=rf"{ref.object_keys()['norm']} of an interrupted run .*{reason}"):
+            writer.write(ref, arrays)
+        assert not writer.is_committed(ref)
+    norm.write_bytes(b"")  # what a kill leaves on a file system without hard links
+    writer.write(ref, arrays)
+    assert norm.read_bytes() == whole
+
+
+def test_an_interrupted_plan_is_finished_and_no_other_one_takes_its_place(tmp_path: Path) -> None:
+    digest = plan_known_cache(tmp_path / "c").digest
+    before = cache_digest(tmp_path / "c")
+    for key in (MANIFEST_KEY, BACKUP_KEY, "captions/000000.parquet"):
+        (tmp_path / "c" / key).unlink()
+    with pytest.raises(CacheMismatchError, match=r"samples/000000.parquet of an interrupted run has other content"):
+        plan_known_cache(tmp_path / "c", name="other")
+    (tmp_path / "c" / "captions/000000.parquet").unlink()
+    assert plan_known_cache(tmp_path / "c").digest == digest
+    assert cache_digest(tmp_path / "c") == before
