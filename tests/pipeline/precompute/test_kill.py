@@ -314,13 +314,16 @@ def be_elsewhere() -> None:
 
 
 def round_otherwise() -> None:
-    """Make the rows of this process those of another kind of processor."""
+    """Make the rows of this process those of another kind of processor, with other libraries."""
+    from teacher_cache.pipeline.models.teacher import LiveTeacher
+
     write = EmbeddingWriter.write
 
     def rounded(self: EmbeddingWriter, ref: ChunkRef, arrays: dict[str, Any], *rest: Any) -> Any:
         return write(self, ref, arrays | {"norm": np.nextafter(arrays["norm"], np.float32(np.inf))}, *rest)
 
     EmbeddingWriter.write = rounded  # type: ignore[method-assign]
+    LiveTeacher.library_versions = lambda self: {"torch": "another"}  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("stop", STOPS)
