@@ -58,6 +58,13 @@ class LocalFiles(CacheFiles):
         with _partial_of(target, data) as partial:
             return _link(partial, target)
 
+    def place(self, key: str, data: bytes) -> bytes | None:
+        """Create the object unless it exists. An existing one is synced: its writer may not have come so far."""
+        existing = super().place(key, data)
+        if existing is not None:
+            sync((self._root / key).parent)
+        return existing
+
     def exists(self, key: str) -> bool:
         """Return whether the object exists."""
         return (self._root / key).is_file()

@@ -154,6 +154,9 @@ class EmbeddingWriter:
         keys, place = ref.object_keys(layout), self.files.write if ref in self.replaces else self.files.place
         # in any order, but all of them before the commit
         present = in_parallel(self.files, lambda name: place(keys[name], encoded[name][0]), list(keys))
+        others = {name: data for name, data in zip(keys, present, strict=True) if data not in (None, encoded[name][0])}
+        if others and (standing := read_commit(self.files, self.manifest, ref)) is not None:
+            return standing
         commit = ChunkCommit(
             tower=ref.tower,
             view=ref.view,
@@ -161,7 +164,7 @@ class EmbeddingWriter:
             rows=(rows.start, rows.stop),
             encoder_digest=self.manifest.identity.encoder_digest,
             rows_sha256=self.rows_sha256(ref),
-            objects=self._placed(ref, encoded, dict(zip(keys, present, strict=True)), quarantined),
+            objects=self._placed(ref, encoded, others, quarantined),
             quarantined=tuple(quarantined),
         )
         # commit record last: once it exists, the chunk can be trusted
@@ -178,7 +181,7 @@ class EmbeddingWriter:
         self,
         ref: ChunkRef,
         encoded: dict[str, tuple[bytes, ObjectDigest]],
-        present: dict[str, bytes | None],
+        others: dict[str, bytes],
         quarantined: Sequence[QuarantinedRow],
     ) -> dict[str, ObjectDigest]:
         """Return the digests of the objects that are in place: this writer's, and those of an earlier one.
@@ -187,14 +190,13 @@ class EmbeddingWriter:
 
         Args:
             encoded: bytes and digest of each object as this writer has made it.
-            present: bytes of each object that was in place already.
+            others: bytes of each object that was in place already and differs.
 
         Raises:
             CacheCorruptError: an object is damaged, or has other quarantined rows.
         """
         layout, rows, keys = self.manifest.layout, ref.rows(self.manifest.layout), ref.object_keys(self.manifest.layout)
         digests, arrays = {name: digest for name, (_, digest) in encoded.items()}, {}
-        others = {name: data for name, data in present.items() if data not in (None, encoded[name][0])}
         if not others:
             return digests
         try:
