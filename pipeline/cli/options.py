@@ -236,7 +236,12 @@ def _require_pictures(cache: str, manifest: CacheManifest, roots: Sequence[str],
         roots: folders that the pictures were below.
         typed: folder that was typed in their place.
     """
-    if typed is None and any("://" in root or Path(root).is_dir() for root in roots):
+    if typed and not manifest.source.image_root:
+        raise UsageError(
+            f"--image-root {typed}: the pictures of {cache} were in several folders. Leave it out, or put links where "
+            "they were"
+        )
+    if typed is None and any("://" in root or (root and Path(root).is_dir()) for root in roots):
         return
     import numpy as np
 

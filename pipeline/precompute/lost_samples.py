@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
-from teacher_cache.pipeline.data.datasets.records import SampleSet
+from teacher_cache.pipeline.data.datasets.records import Problem, SampleSet
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheError
@@ -17,20 +18,32 @@ _PROBLEMS_NAMED = 5
 def require_few_problems(config: PrecomputeConfig, spec: DatasetSpec, dataset: SampleSet) -> None:
     """Check that a dataset loses no more images, and no more captions, than the settings allow.
 
+    The list that a part is cut from is checked for each part, so that all parts are encoded or none.
+
     Raises:
         CacheError: it does, or a file of samples is broken. The message names the first problems.
     """
-    broken = [problem for problem in dataset.problems if problem.kind == "broken-file"]
+    own = dataset.problems
+    if dataset.whole is not None and spec.part is not None:
+        _require_few(config, spec, *dataset.whole)
+        own = own[len(dataset.whole.problems) :] if spec.part.number == 1 else own
+    _require_few(config, spec, len(dataset.samples), dataset.num_captions, own)
+
+
+def _require_few(
+    config: PrecomputeConfig, spec: DatasetSpec, usable: int, captions: int, problems: Sequence[Problem]
+) -> None:
+    broken = [problem for problem in problems if problem.kind == "broken-file"]
     if broken and config.max_problems is None:
         raise CacheError(
             f"{config.dataset}: {counted(len(broken), 'file')} of samples cannot be read to the end. The first: "
             f"{'; '.join(map(str, broken[:_PROBLEMS_NAMED]))}. Nothing was written. Mend them, or name a dataset "
             "without them; --max-problems 10% caches what can be read"
         )
-    _require_few_lost_captions(config, dataset)
+    _require_few_lost_captions(config, captions, problems)
     drops = dict(spec.options).get("uncaptioned") == "drop"
-    lost = [one for one in dataset.problems if one.lost_image and not (drops and one.kind == "no-caption")]
-    images = len(dataset.samples) + len(lost)
+    lost = [one for one in problems if one.lost_image and not (drops and one.kind == "no-caption")]
+    images = usable + len(lost)
     if len(lost) <= (allowed := config.allowed_problems(images)):
         return
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in Counter(problem.kind for problem in lost).items())
@@ -44,14 +57,14 @@ def require_few_problems(config: PrecomputeConfig, spec: DatasetSpec, dataset: S
     )
 
 
-def _require_few_lost_captions(config: PrecomputeConfig, dataset: SampleSet) -> None:
-    problems = [problem for problem in dataset.problems if problem.lost_captions]
-    lost = sum(problem.lost_captions for problem in problems)
-    captions = dataset.num_captions + lost
+def _require_few_lost_captions(config: PrecomputeConfig, usable: int, problems: Sequence[Problem]) -> None:
+    losing = [problem for problem in problems if problem.lost_captions]
+    lost = sum(problem.lost_captions for problem in losing)
+    captions = usable + lost
     if lost > (allowed := config.allowed_problems(captions)):
         raise CacheError(
             f"{config.dataset}: {lost:,} of {counted(captions, 'caption')} would be left out, at most {allowed:,} are "
-            f"allowed. The first: {'; '.join(map(str, problems[:_PROBLEMS_NAMED]))}. Nothing was written. Mend the "
+            f"allowed. The first: {'; '.join(map(str, losing[:_PROBLEMS_NAMED]))}. Nothing was written. Mend the "
             f"dataset, or leave them out: --max-problems {lost}"
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from teacher_cache.pipeline.data.datasets.records import SampleSet
+from teacher_cache.pipeline.data.datasets.records import SampleSet, WholeList
 from teacher_cache.pipeline.data.datasets.samples import Place, load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.models.teacher import LiveTeacher
@@ -125,15 +125,15 @@ class PlanSettings:
             dataset=dataset,
         )
 
-    def layout(self, identity: CacheIdentity, device: str, whole: tuple[int, int] | None = None) -> Layout:
+    def layout(self, identity: CacheIdentity, device: str, whole: WholeList | None = None) -> Layout:
         """Return the layout: chunks and batches from ``config``, else the existing cache, else by default.
 
         Args:
             device: type of the device that will encode, as torch names it.
-            whole: images and captions of the dataset that this is a part of: all its parts have chunks of one size.
+            whole: list of the dataset that this is a part of: all its parts have chunks of one size.
         """
         config, rows = self.config, identity.dataset
-        images, captions = whole or (rows.images, rows.captions)
+        images, captions = whole[:2] if whole else (rows.images, rows.captions)
         fresh = Layout(
             embed_dim=identity.teacher.embed_dim,
             views=identity.views.count,

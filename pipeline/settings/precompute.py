@@ -102,8 +102,8 @@ class PrecomputeConfig(StageConfig):
     @classmethod
     def _part_is_of_the_dataset(cls, settings: dict[str, Any]) -> dict[str, Any]:
         """Add the part to the dataset's name, which a cache records."""
-        part, dataset = settings.get("part"), str(settings.get("dataset", ""))
-        if part is None or f"part={part}" in re.split("[?&]", dataset):
+        part, dataset = settings.get("part"), settings.get("dataset")
+        if part is None or not isinstance(dataset, str) or f"part={part}" in re.split("[?&]", dataset):
             return settings
         return {**settings, "dataset": f"{dataset}{'&' if re.search('[?][^?]*=', dataset) else '?'}part={part}"}
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 
 from teacher_cache.storage.check.verify import Finding, IntegrityReport, verify_cache
+from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError
 from teacher_cache.storage.format.tables import SAMPLES
-from teacher_cache.storage.read.parts import part_locations
+from teacher_cache.storage.read.content_index import content_digests
+from teacher_cache.storage.read.parts import open_parts, part_locations
 from teacher_cache.storage.read.reader import EmbeddingReader
-
-_KEY_BYTES = 16  # of a picture's sha256
 
 
 def verify_parts(location: str, progress: Callable[[int, int], None] | None = None) -> IntegrityReport:
@@ -26,10 +26,12 @@ def verify_parts(location: str, progress: Callable[[int, int], None] | None = No
         progress: called with (parts verified, all parts).
 
     Raises:
-        CacheMismatchError: all are sound, but they are not of one identity and layout.
+        CacheMismatchError: they are not of one identity and layout.
         CacheError: as :func:`teacher_cache.storage.check.verify.verify_cache`.
     """
     names, reports = part_locations(location), list[IntegrityReport]()
+    with suppress(CacheCorruptError, CacheIncompleteError):  # which the reports name
+        open_parts(location)  # before hours of reading
     for name in names:
         reports.append(verify_cache(name))
         if progress is not None:
@@ -53,22 +55,18 @@ def _named(name: str, report: IntegrityReport) -> Iterator[Finding]:
 
 
 def _in_several_parts(reader: EmbeddingReader) -> tuple[str, ...]:
-    """Return a line for each picture that is in more than one part, with the sample ids. 24 bytes a row in memory."""
+    """Return a line for each picture that is in more than one part: its first place in each. Some 100 bytes a row."""
     shas = chain.from_iterable(part.to_pylist() for part in reader.column(SAMPLES, "content_sha256"))
-    keys = np.frombuffer(b"".join(bytes.fromhex(sha)[:_KEY_BYTES] for sha in shas), f"V{_KEY_BYTES}")
-    _, group, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    rows = np.flatnonzero(counts[group] > 1)
-    rows = rows[np.argsort(group[rows], kind="stable")]
-    alike = np.split(rows, np.flatnonzero(np.diff(group[rows])) + 1) if len(rows) else []
-    lines = (_where(reader, picture) for picture in sorted(alike, key=lambda picture: int(picture[0])))
-    return tuple(filter(None, lines))
-
-
-def _where(reader: EmbeddingReader, rows: NDArray[np.int64]) -> str:
-    """Return where a picture is; empty if all are in one part."""
-    parts = np.searchsorted(reader.parts.first_rows("image"), rows, side="right") - 1
-    if len(set(parts.tolist())) < 2:
-        return ""
-    ids: Sequence[str] = reader.table_rows(SAMPLES, rows)["sample_id"].to_pylist()
-    names = (reader.parts.members[part].files.location for part in parts)
-    return " and ".join(f"{sample} of {name}" for sample, name in zip(ids, names, strict=True))
+    keys = content_digests(shas)
+    parts = np.repeat(np.arange(len(reader.parts)), np.diff(reader.parts.first_rows("image")))
+    order = np.argsort(keys, kind="stable")
+    alike, same_part = keys[order][1:] == keys[order][:-1], parts[order][1:] == parts[order][:-1]
+    # of a picture, the first row in each part
+    rows = order[np.concatenate([[True], ~(alike & same_part)])]
+    pictures = np.split(rows, np.flatnonzero(keys[rows][1:] != keys[rows][:-1]) + 1)
+    several = sorted((rows for rows in pictures if len(rows) > 1), key=lambda rows: int(rows[0]))
+    if not several:
+        return ()
+    ids = iter(reader.table_rows(SAMPLES, np.concatenate(several))["sample_id"].to_pylist())
+    names = [part.files.location for part in reader.parts.members]
+    return tuple(" and ".join(f"{next(ids)} of {names[part]}" for part in parts[rows]) for rows in several)

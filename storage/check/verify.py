@@ -23,6 +23,7 @@ from teacher_cache.storage.errors import (
     CacheError,
     CacheFormatError,
     CacheUnreachableError,
+    UsageError,
 )
 from teacher_cache.storage.files.claim_records import CLAIMS
 from teacher_cache.storage.files.location import in_parallel, open_files
@@ -245,7 +246,7 @@ def sound_manifest(files: CacheFiles) -> tuple[CacheManifest, list[Finding]]:
     return manifests[right], [*findings, _finding("damaged", wrong, what)]
 
 
-def _rootless(location: str, faults: dict[str, Exception]) -> CacheError:
+def _rootless(location: str, faults: dict[str, Exception]) -> CacheError | UsageError:
     main, backup = faults[MANIFEST_KEY], faults[BACKUP_KEY]
     if isinstance(main, (FileNotFoundError, NotADirectoryError)) and isinstance(backup, type(main)):
         return no_cache(location)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError
+from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.claim_records import working_processes
 from teacher_cache.storage.files.location import is_several
 from teacher_cache.storage.files.places import CACHE, misplaced, similar_names
@@ -46,12 +46,12 @@ def read_manifest(files: CacheFiles) -> CacheManifest:
         return backup
 
 
-def no_cache(location: str) -> CacheNotFoundError:
+def no_cache(location: str) -> CacheNotFoundError | UsageError:
     """Return the error about a location without a cache."""
     if other := misplaced(location, CACHE):
         return CacheNotFoundError(other)
     if is_several(location):
-        return CacheNotFoundError(f"{location}: one cache is wanted here, not several. Name one of them")
+        return UsageError(f"{location}: one cache is wanted here, not several. Name one of them")
     return CacheNotFoundError(
         f"{location}: no cache here ({MANIFEST_KEY} not found).{similar_names(location, CACHE)} Check the path, or "
         "start one with teacher-cache precompute --cache."

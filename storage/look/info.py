@@ -83,7 +83,7 @@ class CacheInfo(BaseModel, frozen=True):
     """Result of ``teacher-cache info``."""
 
     location: str
-    parts: int = Field(1, description="Caches that are read as one.")
+    parts: int = Field(1, description="Number of caches that are read as one.")
     format_version: int
     sealed: bool = Field(description="True if the cache is complete and its bytes are fixed.")
     unfinished: str | None = Field(description="Processes that work on the cache, or the command that finishes it.")

@@ -31,7 +31,7 @@ def describe_parts(location: str) -> CacheInfo:
         "identity": manifest.identity,
         "layout": manifest.layout,
         "seal": manifest.seal,
-        "dataset": ", ".join(dict.fromkeys(info.dataset.partition("?")[0] for info in infos)),
+        "dataset": manifest.source.dataset,
         "image_root": manifest.source.image_root,
         "chunks": sum(info.chunks for info in infos),
         "chunks_committed": sum(info.chunks_committed for info in infos),

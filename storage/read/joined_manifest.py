@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,10 @@ from teacher_cache.storage.format.layout import Layout
 from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest, Seal, Source, StaticFile
 
 
-def joined_manifest(location: str, parts: Mapping[str, CacheManifest]) -> CacheManifest:
+def joined_manifest(parts: Mapping[str, CacheManifest]) -> CacheManifest:
     """Return the manifest that stands for several sealed caches. It names the digest of each.
 
     Args:
-        location: Pattern of the parts' names.
         parts: Manifests by location, in the order of their rows.
 
     Raises:
@@ -42,7 +42,8 @@ def joined_manifest(location: str, parts: Mapping[str, CacheManifest]) -> CacheM
         identity=identity,
         identity_digest=identity.digest,
         layout=first.layout.model_copy(update=rows),
-        source=Source(dataset=location, image_root=roots.pop() if len(roots) == 1 else ""),
+        # not the pattern: the digest does not depend on how it is written
+        source=Source(dataset=_datasets(manifests), image_root=roots.pop() if len(roots) == 1 else ""),
         files={
             f"{number:06d}/{MANIFEST_KEY}": StaticFile(sha256=manifest.digest)
             for number, manifest in enumerate(manifests)
@@ -52,6 +53,22 @@ def joined_manifest(location: str, parts: Mapping[str, CacheManifest]) -> CacheM
         seal=_joined_seal([manifest.seal for manifest in manifests if manifest.seal is not None]),
         made_with={name: value for manifest in reversed(manifests) for name, value in manifest.made_with.items()},
     )
+
+
+def missing_parts(manifests: Sequence[CacheManifest]) -> list[int]:
+    """Return the numbers of the parts that are not there, where all are parts of one cut: ``part=3/100``."""
+    cuts = [re.search(r"[?&]part=(\d+)/(\d+)", manifest.source.dataset) for manifest in manifests]
+    numbers = [(int(cut[1]), int(cut[2])) for cut in cuts if cut]
+    if len(numbers) < len(manifests) or len({parts for _, parts in numbers}) > 1:
+        return []
+    return sorted({*range(1, numbers[0][1] + 1)} - {number for number, _ in numbers})
+
+
+def _datasets(manifests: Sequence[CacheManifest]) -> str:
+    """Return the datasets of parts, without their part, each once."""
+    names = dict.fromkeys(re.sub(r"([?&])part=\d+/\d+&?", r"\1", one.source.dataset).rstrip("?&") for one in manifests)
+    first, *others = names
+    return f"{first} and {len(others)} others" if others else first
 
 
 def _joined_seal(seals: Sequence[Seal]) -> Seal:
@@ -74,7 +91,7 @@ def _sums(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def _require_alike(first: str, other: str, parts: Mapping[str, CacheManifest]) -> None:
-    if parts[other].identity.dataset.kind == "labelled":
+    if "labelled" in (parts[name].identity.dataset.kind for name in (first, other)):
         raise CacheMismatchError(
             f"{first} and {other}: caches of labelled images each hold the prompts of all classes, and are not read as "
             "one. Precompute one cache of all folders"
@@ -86,13 +103,13 @@ def _require_alike(first: str, other: str, parts: Mapping[str, CacheManifest]) -
         "alone, or encode one again",
         ("dataset",),
     )
-    ours, theirs = (_form(parts[name].layout) for name in (first, other))
-    for name, value in ours.items():
-        if value != theirs[name]:
+    form, other_form = (_form(parts[name].layout) for name in (first, other))
+    for name, value in form.items():
+        if value != other_form[name]:
             raise CacheMismatchError(
-                f"{first} and {other}: {name} is {value} and {theirs[name]}. Caches are read as one only in one form. "
-                f"Copy one of them: precompute --reuse {other} with another --cache and the other's --chunk-rows or "
-                "--compress runs no teacher for the rows that it has"
+                f"{first} and {other}: {name} is {value} and {other_form[name]}. To read them as one, copy {other}: "
+                f"precompute --reuse {other} --cache NEW, with --chunk-rows or --compress as {first} has them. Rows of "
+                "float16 are copied without the teacher"
             )
 
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +41,9 @@ class PartTables:
         self._tables: OrderedDict[int, TableRows] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PartTables, (self._parts, self._name, self._most_open, self._columns)
+
     @property
     def held_rows(self) -> int:
         """Number of rows in memory."""
@@ -58,8 +62,8 @@ class PartTables:
         numbers = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(numbers, kind="stable")
         with self._lock:
-            some = np.unique(numbers).tolist() or [0]  # of no rows, the columns
-            pieces = [self._taken(number, rows[order[numbers[order] == number]]) for number in some]
+            used = np.unique(numbers).tolist() or [0]  # an empty request still needs the columns
+            pieces = [self._taken(number, rows[order[numbers[order] == number]]) for number in used]
         table = pa.concat_tables(pieces)
         return table if (np.diff(order) == 1).all() else table.combine_chunks().take(pa.array(np.argsort(order)))
 
@@ -86,7 +90,8 @@ class PartTables:
 
     def _opened(self, number: int) -> TableRows:
         part = self._parts.members[number]
-        return TableRows(part.files, part.manifest, self._name, self._most_open, self._columns)
+        most = max(2, self._most_open // len(self._parts))
+        return TableRows(part.files, part.manifest, self._name, most, self._columns)
 
     def _as_one(self, number: int, table: pa.Table) -> pa.Table:
         """Return a part's rows with the numbers of all parts."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, get_args
 
 import numpy as np
@@ -24,10 +24,13 @@ from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.layout import Layout, Tower
 from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest, require_sealed
-from teacher_cache.storage.read.joined_manifest import joined_manifest
+from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.quantities import counted
+from teacher_cache.storage.read.joined_manifest import joined_manifest, missing_parts
 from teacher_cache.storage.read.rows import RowPlaces
 
 _DIGITS = re.compile(r"(\d+)")
+_NAMED = 10
 
 
 def part_locations(location: str) -> list[str]:
@@ -39,15 +42,21 @@ def part_locations(location: str) -> list[str]:
     """
     if not is_several(location):
         return [location]
-    folder, _, pattern = location.rstrip("/").rpartition("/")
-    if "*" in folder:
+    above, slash, pattern = location.rstrip("/").rpartition("/")
+    if "*" in above:
         raise UsageError(f"{location}: a * may stand for parts in one folder, as in parts/*.cache, not for the folder")
+    folder = above + slash
     names = open_files(folder or ".").folders()
     matching = re.compile(".*".join(map(re.escape, pattern.split("*"))))
     matched = [name for name in names if matching.fullmatch(name) and (not name.startswith(".") or pattern[0] == ".")]
     if not matched:
         raise CacheNotFoundError(f"{location}: none of the {len(names)} folders in {folder or '.'} has such a name")
-    return [f"{folder}/{name}" if folder else name for name in sorted(matched, key=_in_order)]
+    return [f"{folder}{name}" for name in sorted(matched, key=_in_order)]
+
+
+@cache
+def _say_once(line: str) -> None:
+    say(line)
 
 
 def _in_order(name: str) -> list[Any]:
@@ -81,7 +90,7 @@ class Parts:
     def __init__(self, location: str, members: Sequence[Part]) -> None:
         self.location, self.members = location, tuple(members)
         manifests = {part.files.location: part.manifest for part in members}
-        self.manifest = joined_manifest(location, manifests) if len(members) > 1 else members[0].manifest
+        self.manifest = joined_manifest(manifests) if len(members) > 1 else members[0].manifest
         self.layout = self.manifest.layout
         self._rows, self._chunks = (
             {
@@ -131,20 +140,22 @@ class Parts:
         return range(rows.start + first, rows.stop + first)
 
 
-def open_parts(location: str, manifest_digest: str | None = None, manifests: Sequence[CacheManifest] = ()) -> Parts:
+def open_parts(location: str, manifest_digest: str | None = None) -> Parts:
     """Open a sealed cache, or the parts that a pattern names. Reads their manifests only.
 
     Args:
         manifest_digest: Digest that the manifest, of several parts the one for all, must have.
-        manifests: Manifests of the parts, if the caller has read them.
 
     Raises:
         CacheNotFoundError, CacheFormatError, CacheCorruptError: There is no cache, or it cannot be read.
         CacheIncompleteError: One is not sealed; the message says how many chunks are committed.
         CacheMismatchError: The manifest has another digest, or the parts do not belong together.
     """
-    every = [open_files(name) for name in part_locations(location)]
-    parts = Parts(location, [*map(Part, every, manifests or in_parallel(every[0], _sealed_manifest, every))])
+    files = [open_files(name) for name in part_locations(location)]
+    parts = Parts(location, [*map(Part, files, in_parallel(files[0], _sealed_manifest, files))])
+    if missing := missing_parts([part.manifest for part in parts.members]) if is_several(location) else []:
+        names = ", ".join(map(str, missing[:_NAMED])) + ", ..." * (len(missing) > _NAMED)
+        _say_once(f"{location}: {counted(len(missing), 'part')} of the dataset missing: {names}")
     if manifest_digest not in (None, parts.manifest.digest):
         raise CacheMismatchError(
             f"{location}: its manifest is {parts.manifest.digest[:12]}, {str(manifest_digest)[:12]} was asked for. It "

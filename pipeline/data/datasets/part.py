@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple, Self
 
-from teacher_cache.pipeline.data.datasets.records import SampleSet
+from teacher_cache.pipeline.data.datasets.records import SampleSet, WholeList
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
@@ -39,7 +39,6 @@ class Part(NamedTuple):
         if count < self.parts:
             raise UsageError(f"{listed.kind}:{listed.root}: {count} images cannot be cut into {self.parts} parts")
         first, stop = (count * number // self.parts for number in (self.number - 1, self.number))
-        problems = listed.problems if self.number == 1 else []
-        return SampleSet(
-            listed.kind, listed.root, listed.samples[first:stop], [*problems], (count, listed.num_captions)
-        )
+        problems = [*listed.problems] if self.number == 1 else []
+        whole = WholeList(count, listed.num_captions, tuple(listed.problems))
+        return SampleSet(listed.kind, listed.root, listed.samples[first:stop], problems, whole)

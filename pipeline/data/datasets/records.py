@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from teacher_cache.storage.observe.safe_text import CONTROL, MAX_NAME_CHARACTERS, NOT_TEXT, printable, redact
 
@@ -92,19 +92,27 @@ class Uncaptioned(Problem):
 Record: TypeAlias = Sample | Problem
 
 
+class WholeList(NamedTuple):
+    """Counts of a listed dataset, and what was wrong with it."""
+
+    images: int
+    captions: int
+    problems: tuple[Problem, ...]
+
+
 @dataclass
 class SampleSet:
     """Dataset as read from disk: ``samples`` in row order, ``problems`` in the order of reading.
 
     Attributes:
-        whole: of a part: images and captions that the whole dataset lists.
+        whole: of a part: the list that it was cut from. Its problems are those of the first part, too.
     """
 
     kind: str
     root: str
     samples: list[Sample] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    whole: tuple[int, int] | None = None
+    whole: WholeList | None = None
 
     @property
     def num_captions(self) -> int:

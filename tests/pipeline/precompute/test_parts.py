@@ -13,13 +13,15 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from teacher_cache.pipeline.cli.app import app
+from teacher_cache.pipeline.data.datasets.records import Problem, SampleSet, WholeList
 from teacher_cache.pipeline.data.datasets.samples import list_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec, check_dataset
+from teacher_cache.pipeline.precompute.lost_samples import require_few_problems
 from teacher_cache.pipeline.precompute.plan import PlanSettings
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.train.loop import train
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import CacheError, UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import cache_digest
 from tests.pipeline.train.train_work import make_student, measure, trace, train_config
@@ -122,8 +124,8 @@ def test_chunks_have_the_size_that_suits_the_whole(photo_cache: Path, tiny_teach
     config = part_config(photo_cache, tiny_teacher, tmp_path / "a.cache", "2/3", chunk_rows=None)
     identity = EmbeddingReader(str(photo_cache)).identity
     listed = list_samples(DatasetSpec.parse(config.dataset))
-    assert (len(listed.samples), listed.whole) == (13, (40, 80))
-    layout = PlanSettings.of(config).layout(identity, "cpu", whole=(100_000, 500))
+    assert (len(listed.samples), listed.whole) == (13, WholeList(40, 80, ()))
+    layout = PlanSettings.of(config).layout(identity, "cpu", whole=WholeList(100_000, 500, ()))
     assert (layout.image_chunk_rows, layout.text_chunk_rows) == (4096, 64)
 
 
@@ -147,3 +149,38 @@ def test_more_parts_than_images_and_another_part_are_refused(photo_cache: Path, 
         list_samples(DatasetSpec.parse(f"{dataset}?part=1/41"))
     with pytest.raises(ValidationError, match="part"):
         part_config(photo_cache, tiny_teacher, Path("a.cache"), "half")
+
+
+def test_the_list_is_judged_for_every_part_and_counted_in_the_first(photo_cache: Path, tiny_teacher: Path) -> None:
+    """3 % of the list have no caption: no part is refused for them; a broken tar stops every part."""
+    samples = list_samples(DatasetSpec.parse(EmbeddingReader(str(photo_cache)).manifest.source.dataset)).samples
+
+    def judge(part: str, *problems: Problem) -> int:
+        config = part_config(photo_cache, tiny_teacher, Path("a.cache"), part)
+        spec = DatasetSpec.parse(config.dataset)
+        assert spec.part is not None
+        cut = spec.part.of(SampleSet("flickr", "photos", samples * 30, [*problems]))
+        require_few_problems(config, spec, cut)
+        return len(cut.problems)
+
+    bare = [Problem("no-caption", f"{number}.jpg", "no caption names it", lost_image=True) for number in range(36)]
+    assert [judge(f"{number}/100", *bare) for number in (1, 2)] == [36, 0]
+    for number in (1, 2):
+        with pytest.raises(CacheError, match="cannot be read to the end"):
+            judge(f"{number}/100", Problem("broken-file", "7.tar", "cut short", lost_image=False))
+
+
+def test_a_run_goes_on_from_another_folder_and_missing_parts_are_told(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However the pattern is written; and a cache cannot be written to one."""
+    monkeypatch.chdir(parts.parent)
+    relative = EmbeddingReader(f"{parts.name}/*.cache")
+    assert relative.manifest.digest == EmbeddingReader(f"{parts}/*").manifest.digest
+    shutil.copytree(parts, tmp_path / "some")
+    shutil.rmtree(tmp_path / "some" / "2.cache")
+    capsys.readouterr()
+    EmbeddingReader(f"{tmp_path}/some/*.cache")
+    assert "1 part of the dataset missing: 2" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="one cache is wanted here"):
+        precompute(PrecomputeConfig(dataset="scenes:s", teacher="bundled:scenes", cache=f"{parts}/*.cache"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -147,12 +148,18 @@ def test_the_same_pictures_twice_and_wrong_patterns_are_refused(tmp_path: Path, 
 
 
 def test_the_digest_stands_for_every_part(home: Path, tmp_path: Path, parts: EmbeddingReader) -> None:
-    before = cache_digest(home / "parts")
-    fewer = EmbeddingReader(str(home / "parts" / "part-1*.cache"))
-    assert fewer.manifest.digest != parts.manifest.digest
-    message = re.escape(f"its manifest is {fewer.manifest.digest[:12]}") + ".*has other parts"
+    """However the pattern is written: for a part more, less or changed it is another one."""
+    before, copies = cache_digest(home / "parts"), tmp_path / "parts"
+    shutil.copytree(home / "parts", copies)
+    assert EmbeddingReader(f"{copies}/part-*").manifest.digest == parts.manifest.digest
+    shutil.rmtree(copies / "part-10.cache")
+    fewer = EmbeddingReader(f"{copies}/*.cache")
+    make(copies / "part-10.cache", STARTS[2], STARTS[3], name="other")
+    changed = EmbeddingReader(f"{copies}/*.cache")
+    assert len({reader.manifest.digest for reader in (parts, fewer, changed)}) == 3
+    message = re.escape(f"its manifest is {changed.manifest.digest[:12]}") + ".*has other parts"
     with pytest.raises(CacheMismatchError, match=message):
-        EmbeddingReader(fewer.location, manifest_digest=parts.manifest.digest)
+        EmbeddingReader(changed.location, manifest_digest=parts.manifest.digest)
     assert cache_digest(home / "parts") == before
 
 
