@@ -315,7 +315,7 @@ def write_part(place: str, made: dict[str, pa.Table], rows: int) -> None:
 
 
 def stream_epochs(location: str) -> None:
-    """Prints processor seconds to open and of two epochs, and MiB of memory, without the files that are mapped into it."""
+    """Prints processor seconds to open and of two epochs, and MiB of memory without mapped files."""
     began = time.process_time()
     reader = EmbeddingReader(location)
     rows, _ = reader.row_set(), reader.caption_index
