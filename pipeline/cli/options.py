@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_
 import click
 from pydantic.fields import FieldInfo
 
-from teacher_cache.pipeline.settings.base import StageConfig, learned_split
+from teacher_cache.pipeline.settings.base import CachesConfig, StageConfig, learned_split
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.pipeline.settings.names import HUB, check_device, check_student, check_teacher
@@ -85,7 +85,8 @@ def settings_command(
         example: words after ``teacher-cache``, shown below the help.
         checked: False to pass :class:`Settings` to a command that checks them itself.
     """
-    elsewhere = {argument, "other_caches"}  # an option --cache that may be repeated gives the latter
+    several = issubclass(kind, CachesConfig)
+    elsewhere = {argument, "other_caches"}  # --cache that is repeated gives the latter
     names = [field for field in (flags or kind.model_fields) if field not in elsewhere]
     params: list[click.Parameter] = []
     if argument is not None:
@@ -93,7 +94,9 @@ def settings_command(
     if name in RUN_FILE_STAGES:
         described = "TOML file with a table per stage. Options win over it."
         params.append(Argument(["run_file"], described, type=Path, required=False, metavar="[RUN.toml]"))
-    params += [_option(field, kind.model_fields[field], field not in optional) for field in names]
+    params += [
+        _option(field, kind.model_fields[field], field not in optional, several and field == "cache") for field in names
+    ]
     if set(kind.model_fields) - {*names, *elsewhere}:
         params.append(_set_option(kind, [*names, *elsewhere]))
     fields = {*names, argument}
@@ -306,7 +309,7 @@ def _argument(name: str, field: FieldInfo) -> Argument:
     return Argument([name], str(field.description), required=True, **settings)
 
 
-def _option(name: str, field: FieldInfo, may_be_required: bool) -> click.Option:
+def _option(name: str, field: FieldInfo, may_be_required: bool, repeatable: bool = False) -> click.Option:
     """Return the flag of a field. It has no default of its own, so that a run file counts where nothing is typed."""
     flag = "--" + name.replace("_", "-")
     settings: dict[str, Any] = {"help": _help(field, may_be_required)}
@@ -326,10 +329,9 @@ def _option(name: str, field: FieldInfo, may_be_required: bool) -> click.Option:
     else:
         # a text, which the settings convert and check: one wording of mistakes for flags and run files
         settings["metavar"] = _METAVARS.get(kind)
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        if "bare" in extra:  # typed without a value
-            settings |= {"is_flag": False, "flag_value": str(extra["bare"])}
-        settings["multiple"] = "repeatable" in extra
+        if isinstance(field.json_schema_extra, dict) and "bare" in field.json_schema_extra:  # typed without a value
+            settings |= {"is_flag": False, "flag_value": str(field.json_schema_extra["bare"])}
+        settings["multiple"] = repeatable
     return click.Option([flag, name], **settings)
 
 

@@ -28,7 +28,6 @@ class EvaluateConfig(CachesConfig):
     cache: str | None = Field(
         None,
         description="Folder or URL of a finished cache; again for other_caches. Default: the run's first.",
-        json_schema_extra={"repeatable": True},
     )
     run: str | None = Field(None, description="Folder of a training run. Default: measure only the teacher.")
     checkpoint: Checkpoint = "last"

@@ -51,10 +51,7 @@ class TrainConfig(CachesConfig):
     or None. A config therefore always holds the numbers: explicit settings first, then the recipe's.
     """
 
-    cache: str = Field(
-        description="Folder or URL of a finished cache; again for other_caches.",
-        json_schema_extra={"repeatable": True},
-    )
+    cache: str = Field(description="Folder or URL of a finished cache; again for other_caches.")
     student: StudentName
     out: str = Field(description="Folder to write the run into.")
     init: str | None = Field(

@@ -139,5 +139,6 @@ def _pair(image_row: int, text: str) -> str:
 def content_digests(contents: Iterable[str]) -> NDArray[np.bytes_]:
     """Return one key of 16 bytes for each content, (contents,) S16."""
     encoded = (content.encode("utf-8", "surrogatepass") for content in contents)
-    joined = b"".join(hashlib.blake2b(content, digest_size=_KEY_BYTES).digest() for content in encoded)
-    return np.frombuffer(joined, f"S{_KEY_BYTES}")
+    # not by join, which would hold each as an object of its own: 154 bytes a row, not 24
+    digests = (hashlib.blake2b(content, digest_size=_KEY_BYTES).digest() for content in encoded)
+    return np.fromiter(digests, f"S{_KEY_BYTES}")
