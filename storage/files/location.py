@@ -50,9 +50,9 @@ def open_files(location: str | os.PathLike[str]) -> CacheFiles:
     return RemoteFiles(text)
 
 
-def is_several(location: str) -> bool:
+def is_several(location: str | os.PathLike[str]) -> bool:
     """Return whether a location names several caches by a pattern: ``parts/*.cache``."""
-    return "*" in location
+    return "*" in os.fspath(location)
 
 
 def absolute_location(location: str) -> str:

@@ -7,6 +7,7 @@ is its own only part, and the two are equal.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,13 +34,14 @@ _DIGITS = re.compile(r"(\d+)")
 _NAMED = 10
 
 
-def part_locations(location: str) -> list[str]:
+def part_locations(location: str | os.PathLike[str]) -> list[str]:
     """Return the locations that a pattern names, in the order of their rows: 9 before 10. A plain one names itself.
 
     Raises:
         CacheNotFoundError: No folder matches.
         UsageError: A pattern is in the folder's name, not in the last name.
     """
+    location = os.fspath(location)
     if not is_several(location):
         return [location]
     above, slash, pattern = location.rstrip("/").rpartition("/")
