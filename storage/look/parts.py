@@ -9,6 +9,8 @@ from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.look.info import CacheInfo, CacheProblems, Coverage, describe_cache, list_problems
 from teacher_cache.storage.read.parts import open_parts
 
+_SUMS = ("chunks", "chunks_committed", "target_bytes", "encode_seconds", "notes", "notes_read")
+
 
 def describe_parts(location: str) -> CacheInfo:
     """Return the state of the finished caches that a pattern names, as one.
@@ -33,8 +35,6 @@ def describe_parts(location: str) -> CacheInfo:
         "seal": manifest.seal,
         "dataset": manifest.source.dataset,
         "image_root": manifest.source.image_root,
-        "chunks": sum(info.chunks for info in infos),
-        "chunks_committed": sum(info.chunks_committed for info in infos),
         "coverage": _coverage([info.coverage for info in infos]),
         "images_encoded": seal.images_encoded,
         "images_quarantined": seal.images_quarantined,
@@ -42,15 +42,12 @@ def describe_parts(location: str) -> CacheInfo:
         "quarantined_rows": tuple(_moved(infos, firsts)),
         "lost_images": manifest.lost_images,
         "problems": manifest.problems,
-        "target_bytes": sum(info.target_bytes for info in infos),
-        "encode_seconds": sum(info.encode_seconds for info in infos),
-        "notes": sum(info.notes for info in infos),
-        "notes_read": sum(info.notes_read for info in infos),
         "images_per_second": None,
         "captions_per_second": None,
         "made_with": manifest.made_with,
     }
-    return first.model_copy(update=changed)
+    sums = {name: sum(getattr(info, name) for info in infos) for name in _SUMS}
+    return first.model_copy(update=changed | sums)
 
 
 def list_problems_of_parts(location: str) -> CacheProblems:

@@ -133,7 +133,8 @@ class ChunkSource:
             CacheCorruptError: The chunk is missing or damaged, or holds NaN where no row was quarantined.
             CacheAccessError, CacheUnreachableError: It cannot be read.
         """
-        where, (files, key) = self._where(ref, array), self.object(ref, array)
+        files, key = self.object(ref, array)
+        where = f"{files.location}/{key}"
         try:
             data = files.read_buffer(key)
         except FileNotFoundError as error:
@@ -247,18 +248,23 @@ class ChunkSource:
         places = self.places(tower)
         rows, views = places.check(rows, view)
         at = places.at(rows, views)
-        out = self.take_places(tower, at, array)
-        if any(self.commits.quarantined(ref) for ref, _ in places.by_chunk(at)):
+        by_chunk = list(places.by_chunk(at))
+        out = self._gathered(tower, at, by_chunk, array)
+        if any(self.commits.quarantined(ref) for ref, _ in by_chunk):
             self.require_encoded(tower, rows, views, array)
         return out
 
     def take_places(self, tower: Tower, at: NDArray[np.int64], array: str) -> NDArray[Any]:
         """Return rows by their places, as :meth:`take` does, but quarantined ones too."""
-        places, shape = self.places(tower), chunk_shape(self.layout, tower, array)
+        return self._gathered(tower, at, list(self.places(tower).by_chunk(at)), array)
+
+    def _gathered(
+        self, tower: Tower, at: NDArray[np.int64], by_chunk: list[tuple[ChunkRef, NDArray[np.intp]]], array: str
+    ) -> NDArray[Any]:
+        size, shape = self.places(tower).chunk_rows, chunk_shape(self.layout, tower, array)
         out = np.empty((len(at), *shape[1:]), given_dtype(self.layout, tower, array))
-        parts = list(places.by_chunk(at))
-        for values, (ref, positions) in zip(self.chunks([ref for ref, _ in parts], array), parts, strict=True):
-            out[positions] = self.dequantized(ref, values[at[positions] % places.chunk_rows])
+        for values, (ref, positions) in zip(self.chunks([ref for ref, _ in by_chunk], array), by_chunk, strict=True):
+            out[positions] = self.dequantized(ref, values[at[positions] % size])
         return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -83,11 +84,10 @@ def _joined_seal(seals: Sequence[Seal]) -> Seal:
 
 
 def _sums(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for part in counts:
-        for name, count in part.items():
-            total[name] = total.get(name, 0) + count
-    return total
+        total.update(part)
+    return dict(total)
 
 
 def _require_alike(first: str, other: str, parts: Mapping[str, CacheManifest]) -> None:
