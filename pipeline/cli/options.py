@@ -186,7 +186,7 @@ def _check_cache(config: StageConfig, named: dict[str, Any]) -> None:
     """Check that the run is one, and that the cache is finished and has the splits, the captions and the pictures."""
     from teacher_cache.pipeline.models.run_folder import RunFolder
     from teacher_cache.storage.format.manifest_file import require_sealed
-    from teacher_cache.storage.read.parts import named_manifest
+    from teacher_cache.storage.read.several.parts import named_manifest
 
     cache, roots = named.get("cache"), []
     if "run" in named:

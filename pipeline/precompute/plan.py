@@ -36,7 +36,7 @@ from teacher_cache.storage.format.tables import (
 )
 from teacher_cache.storage.observe.logs import command_line, event, logger, say
 from teacher_cache.storage.observe.quantities import counted
-from teacher_cache.storage.read.parts import named_manifest
+from teacher_cache.storage.read.several.parts import named_manifest
 from teacher_cache.storage.write.plan import plan_cache
 from teacher_cache.storage.write.writer import EmbeddingWriter
 

@@ -37,9 +37,9 @@ from teacher_cache.storage.files.location import absolute_location
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity
 from teacher_cache.storage.observe.logs import logger
 from teacher_cache.storage.observe.quantities import counted
-from teacher_cache.storage.read.parts import named_manifest
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.rows import RowSet
+from teacher_cache.storage.read.several.parts import named_manifest
 
 _WAY_OUT = (
     "Precompute a cache of what is asked for, leave expect out, or accept a difference by --set accept_mismatch=FIELD, "

@@ -12,8 +12,8 @@ from teacher_cache.storage.check.verify import Finding, IntegrityReport, verify_
 from teacher_cache.storage.errors import CacheCorruptError, CacheIncompleteError
 from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.read.content_index import content_digests
-from teacher_cache.storage.read.parts import open_parts, part_locations
 from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.read.several.parts import open_parts, part_locations
 
 
 def verify_parts(location: str, progress: Callable[[int, int], None] | None = None) -> IntegrityReport:

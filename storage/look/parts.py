@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.look.info import CacheInfo, CacheProblems, Coverage, describe_cache, list_problems
-from teacher_cache.storage.read.parts import open_parts
+from teacher_cache.storage.read.several.parts import open_parts
 
 _SUMS = ("chunks", "chunks_committed", "target_bytes", "encode_seconds", "notes", "notes_read")
 
@@ -17,7 +17,7 @@ def describe_parts(location: str) -> CacheInfo:
 
     Raises:
         CacheIncompleteError: one is not finished. ``ls`` shows how far each is.
-        CacheError: as :func:`teacher_cache.storage.read.parts.open_parts`.
+        CacheError: as :func:`teacher_cache.storage.read.several.parts.open_parts`.
     """
     parts = open_parts(location)
     infos = [describe_cache(part.files.location) for part in parts.members]

@@ -20,9 +20,9 @@ from teacher_cache.storage.format.int8 import unit_dequantized
 from teacher_cache.storage.format.layout import ARRAYS, SCALE, Tower, chunk_shape
 from teacher_cache.storage.format.row_rules import has_nan, is_nan
 from teacher_cache.storage.read.chunk_cache import ChunkMemory
-from teacher_cache.storage.read.part_commits import PartCommits
-from teacher_cache.storage.read.parts import Part, Parts
 from teacher_cache.storage.read.rows import RowPlaces
+from teacher_cache.storage.read.several.part_commits import PartCommits
+from teacher_cache.storage.read.several.parts import Part, Parts
 
 if TYPE_CHECKING:
     from teacher_cache.storage.read.stream_chunks import MappedArray

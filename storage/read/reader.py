@@ -28,10 +28,10 @@ from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, ROWS_PER_GRO
 from teacher_cache.storage.read.caption_index import CaptionIndex
 from teacher_cache.storage.read.chunks import ChunkSource
 from teacher_cache.storage.read.content_index import ContentIndex, ContentRows
-from teacher_cache.storage.read.part_tables import PartTables
-from teacher_cache.storage.read.parts import Parts, open_parts
 from teacher_cache.storage.read.resident import ResidentRows, load_resident
 from teacher_cache.storage.read.rows import RowSet
+from teacher_cache.storage.read.several.part_tables import PartTables
+from teacher_cache.storage.read.several.parts import Parts, open_parts
 from teacher_cache.storage.read.stream import Batch, Prove, stream_rows
 
 _DEFAULT_MEMORY_BYTES = 2 << 30

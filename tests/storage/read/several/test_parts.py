@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.format.commits import ChunkRef
-from teacher_cache.storage.read.parts import part_locations
 from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.read.several.parts import part_locations
 from tests.conftest import cache_digest, finish_known_cache, known_row, plan_known_cache
 
 # part-3 has one row, and no part but the last fills its last chunk

@@ -8,7 +8,7 @@ from typing import get_args
 from teacher_cache.storage.format.commit_records import CommitRecords
 from teacher_cache.storage.format.commits import ChunkCommit, ChunkRef, ObjectDigest, QuarantinedRow
 from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.read.parts import Parts
+from teacher_cache.storage.read.several.parts import Parts
 
 
 class PartCommits(Mapping[ChunkRef, ChunkCommit]):

@@ -27,8 +27,8 @@ from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest
 from teacher_cache.storage.format.manifest_file import read_manifest, require_sealed
 from teacher_cache.storage.observe.logs import say
 from teacher_cache.storage.observe.quantities import counted
-from teacher_cache.storage.read.joined_manifest import joined_manifest, missing_parts
 from teacher_cache.storage.read.rows import RowPlaces
+from teacher_cache.storage.read.several.joined_manifest import joined_manifest, missing_parts
 
 _DIGITS = re.compile(r"(\d+)")
 _NAMED = 10

@@ -16,7 +16,7 @@ from teacher_cache.storage.files.location import absolute_location
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.table_rows import HELD_ROWS, TableRows
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES
-from teacher_cache.storage.read.parts import Parts
+from teacher_cache.storage.read.several.parts import Parts
 
 _NUMBERS: dict[str, dict[str, Tower]] = {
     SAMPLES: {"row": "image"},

@@ -1,0 +1,1 @@
+"""Several caches of one teacher, read as one."""
