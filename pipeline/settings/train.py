@@ -100,8 +100,8 @@ class TrainConfig(CachesConfig):
     )
     unmatched: Literal["refuse", "drop"] = Field(
         "refuse",
-        description="Images that another teacher's cache lacks, or of which it lacks a caption: refuse, or drop them "
-        "from the run.",
+        description="What to do with images that another teacher's cache does not have with all their captions: refuse "
+        "the run, or drop them from it.",
     )
     epochs: int = Field(10, gt=0, description="Number of passes over the split, with captions at random.")
     batch_size: int = Field(256, gt=1, description="Number of images per step, over all devices; at most the split's.")

@@ -139,7 +139,7 @@ class EmbeddingReader:
             return self.table(name).take(rows)
 
     def table(self, name: str, open_files: int = 2, columns: Sequence[str] | None = None) -> TableRows | PartTables:
-        """Return a table's rows by number, without the table in memory; the arguments are those of ``TableRows``."""
+        """Return a table to read rows of by number. It is not in memory; for the arguments see ``TableRows``."""
         if len(self.parts) > 1:
             return PartTables(self.parts, name, open_files, columns)
         (only,) = self.parts.members
