@@ -18,8 +18,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from teacher_cache.pipeline.data.batches.streamed_targets import StreamedTargets as StreamedTargets
-    from teacher_cache.pipeline.data.batches.target_dataset import TargetDataset as TargetDataset
+    from teacher_cache.pipeline.data.torch_datasets.streamed_targets import StreamedTargets as StreamedTargets
+    from teacher_cache.pipeline.data.torch_datasets.target_dataset import TargetDataset as TargetDataset
     from teacher_cache.pipeline.deploy.run import deploy as deploy
     from teacher_cache.pipeline.deploy.runtime import StudentRuntime as StudentRuntime
     from teacher_cache.pipeline.evaluate.retrieval import evaluate as evaluate
@@ -66,9 +66,9 @@ _HOMES = {
     "PrecomputeConfig": "pipeline.settings.precompute",
     "PromoteConfig": "pipeline.settings.promote",
     "RetrainConfig": "pipeline.settings.promote",
-    "StreamedTargets": "pipeline.data.batches.streamed_targets",
+    "StreamedTargets": "pipeline.data.torch_datasets.streamed_targets",
     "StudentRuntime": "pipeline.deploy.runtime",
-    "TargetDataset": "pipeline.data.batches.target_dataset",
+    "TargetDataset": "pipeline.data.torch_datasets.target_dataset",
     "TrainConfig": "pipeline.settings.train",
     "UsageError": "storage.errors",
     "ZeroShotConfig": "pipeline.settings.evaluate",

@@ -92,7 +92,7 @@ class Student(nn.Module):
         self.text_projection: nn.Module = nn.Identity() if same else nn.Linear(embed_dim, teacher_dim, bias=False)
         # never the identity: the student's own space cannot be that of two teachers
         towers = {tower: [nn.Linear(embed_dim, dim, bias=False) for dim in other_dims] for tower in ("image", "text")}
-        self.other_projections = nn.ModuleDict({tower: nn.ModuleList(each) for tower, each in towers.items()})
+        self.other_projections = nn.ModuleDict({tower: nn.ModuleList(linears) for tower, linears in towers.items()})
 
     def projections(self) -> dict[str, Tensor]:
         """Return the first teacher's projections by their names in a checkpoint; empty if the widths are equal."""
@@ -142,7 +142,7 @@ class Student(nn.Module):
     def _projected(self, tower: str, first: nn.Module, rows: Tensor) -> Tensor:
         """Return features in the space of each teacher, side by side, (batch, sum of the widths)."""
         others = self.other_projections[tower].children()
-        return torch.cat([F.normalize(each(rows).float(), dim=-1) for each in (first, *others)], dim=-1)
+        return torch.cat([F.normalize(project(rows).float(), dim=-1) for project in (first, *others)], dim=-1)
 
     @property
     def logit_bias(self) -> Tensor | None:

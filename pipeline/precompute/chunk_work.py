@@ -201,7 +201,7 @@ class Batch:
     def prepared(self) -> list[Prepared]:
         """Wait for the inputs, and return the views of its images; nothing for captions."""
         made = [future.result()[place] for future, place in self._jobs]
-        return [each.views[self.chunk.ref.view] for each in made] if self.needs_images else []
+        return [image.views[self.chunk.ref.view] for image in made] if self.needs_images else []
 
 
 class _Images:
@@ -281,7 +281,7 @@ class StretchReader:
             if tower == "image" and self._service.ticket == 1:
                 part = [self._inputs.request(item) for item in part]
             future = self._service.submit(part)
-            count_input(future, tower, lambda made: [each.seconds for each in made if each.seconds])
+            count_input(future, tower, lambda made: [image.seconds for image in made if image.seconds])
             yield from ((future, place) for place in range(len(part)))
 
     def pixels(self, batch: Batch) -> torch.Tensor:

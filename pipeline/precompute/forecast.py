@@ -208,7 +208,7 @@ def epochs_to_pay(cache_seconds: float, online_epoch_seconds: float) -> int | No
 def _planned_unread(
     settings: PlanSettings, spec: DatasetSpec, listed: SampleSet, teacher: LiveTeacher
 ) -> PlannedDataset:
-    """Plan a dataset without reading its images: the digests are those of the existing cache, and empty without one.
+    """Plan a dataset without reading its images: digests come from the existing cache, or are empty.
 
     Images that were lost when the cache was made are left out.
     """

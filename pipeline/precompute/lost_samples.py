@@ -1,4 +1,4 @@
-"""What a dataset has lost when it is read: refused where it is too much, else said."""
+"""Samples that a dataset loses when it is read: too many are refused, others are told."""
 
 from __future__ import annotations
 

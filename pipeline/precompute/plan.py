@@ -361,12 +361,16 @@ def copied_rows(planned: PlannedDataset, layout: Layout, pending: Sequence[Chunk
 def reuse_line(settings: PlanSettings, copied: dict[Tower, int], pending: dict[Tower, int]) -> str:
     """Return how many of the pending rows are copied, and how many encoded, in a sentence."""
     assert settings.reused is not None
-    there, views = settings.reused.layout.views, settings.views.count
+    copied_views, views = settings.reused.layout.views, settings.views.count
     encoded: dict[Tower, int] = {tower: pending[tower] - copied[tower] for tower in pending}
     nouns = ("image" if views == 1 else "view", "caption")
     rows = (f"{counted(of['image'], nouns[0])} and {counted(of['text'], nouns[1])}" for of in (copied, encoded))
-    left = f". It has {there} views, this cache gets {views}: --views {there} copies all" if there > views else ""
-    return f"from {settings.config.reuse}: {' copied, '.join(rows)} to encode{left}"
+    advice = (
+        f". It has {copied_views} views, this cache gets {views}: --views {copied_views} copies all"
+        if copied_views > views
+        else ""
+    )
+    return f"from {settings.config.reuse}: {' copied, '.join(rows)} to encode{advice}"
 
 
 def require_same_dataset(planned: PlannedDataset) -> None:

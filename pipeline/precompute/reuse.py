@@ -157,7 +157,7 @@ class CachedChunks:
 
 @dataclass(frozen=True)
 class DatasetChanges:
-    """Difference between the images of a dataset and those of a cache, by sample_id.
+    """Images that a dataset and a cache do not share, by sample_id.
 
     Attributes:
         removed, changed: sample_ids of the cache's images that the dataset lacks, and that have other bytes.

@@ -116,7 +116,7 @@ def _recall_rows(
     series: str, recalls: dict[str, Any], intervals: Any, images: int, captions: int
 ) -> list[tuple[Any, ...]]:
     """Return the metric rows of a gallery's recalls, each with the value of chance."""
-    known, chance = ({**each, "mean": mean_recall(each)} for each in (recalls, chance_recall(images, captions)))
+    known, chance = ({**values, "mean": mean_recall(values)} for values in (recalls, chance_recall(images, captions)))
     rows = zip(_metric_rows(series, known, intervals), _metric_rows(series, chance, None), strict=True)
     return [(*row, by_chance[2]) for row, by_chance in rows]
 

@@ -198,6 +198,6 @@ def no_such_device(name: str, count: int) -> UsageError:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean A, B or C?``, or an empty text if none is similar."""
-    lowered = {each.lower(): each for each in reversed([*known])}  # of equal names the first
-    close = [lowered[each] for each in get_close_matches(name.lower(), lowered, n=3)]
+    lowered = {word.lower(): word for word in reversed([*known])}  # of equal names the first
+    close = [lowered[word] for word in get_close_matches(name.lower(), lowered, n=3)]
     return f" Did you mean {' or '.join(filter(None, (', '.join(close[:-1]), close[-1])))}?" if close else ""

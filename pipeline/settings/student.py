@@ -62,8 +62,10 @@ class MeanConfig(StageConfig):
     @classmethod
     def _check_several(cls, runs: tuple[str, ...]) -> tuple[str, ...]:
         if len(runs) < 2:
-            given = f"only {runs[0]}" if runs else "none"
-            raise ValueError(f"a mean is of two runs or more, found {given}; name others that began at the same --init")
+            listed = f"only {runs[0]}" if runs else "none"
+            raise ValueError(
+                f"a mean is of two runs or more, found {listed}; name others that began at the same --init"
+            )
         return runs
 
 

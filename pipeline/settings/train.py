@@ -45,7 +45,7 @@ ReportTo = Annotated[
 
 
 class TrainConfig(CachesConfig):
-    """Train a student from a finished cache, or from those of several teachers. No teacher is loaded.
+    """Train a student from the finished caches of one teacher or several. No teacher is loaded.
 
     A recipe (``teacher_cache.pipeline.settings.recipes``) fills the settings of ``RECIPE_SETTINGS`` that are absent
     or None. A config therefore always holds the numbers: explicit settings first, then the recipe's.
@@ -100,8 +100,7 @@ class TrainConfig(CachesConfig):
     )
     unmatched: Literal["refuse", "drop"] = Field(
         "refuse",
-        description="What to do with images that another teacher's cache does not have with all their captions: refuse "
-        "the run, or drop them from it.",
+        description="Images that another teacher's cache lacks, or lacks a caption of: refuse the run, or drop them.",
     )
     epochs: int = Field(10, gt=0, description="Number of passes over the split, with captions at random.")
     batch_size: int = Field(256, gt=1, description="Number of images per step, over all devices; at most the split's.")

@@ -1,4 +1,4 @@
-"""What ranks tell each other: features, so that each computes the loss of the joined batch, and when to stop."""
+"""Messages between ranks: features, so that each computes the loss of the joined batch, and when to stop."""
 
 from __future__ import annotations
 

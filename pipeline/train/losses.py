@@ -64,7 +64,7 @@ class LossInputs:
     def __post_init__(self) -> None:
         """Check shapes once for all losses."""
         own, projected, teacher = (
-            [tuple(each.shape) for each in two] for two in (self.student, self.projected, self.teacher)
+            [tuple(rows.shape) for rows in two] for two in (self.student, self.projected, self.teacher)
         )
         if own[0] != own[-1] or projected != teacher or teacher[0] != teacher[-1] or own[0][0] != teacher[0][0]:
             raise ValueError(
@@ -91,8 +91,8 @@ def _teacher_logits(images: Tensor, texts: Tensor, logit_scale: float) -> Tensor
 def _cross_entropy(logits: Pair, targets: Pair, label_smoothing: float = 0.0) -> Tensor:
     """Return the mean of two cross-entropies, of images and of texts."""
     per_image, per_text = (
-        F.cross_entropy(found, target, label_smoothing=label_smoothing)
-        for found, target in zip(logits, targets, strict=True)
+        F.cross_entropy(predicted, target, label_smoothing=label_smoothing)
+        for predicted, target in zip(logits, targets, strict=True)
     )
     return (per_image + per_text) / 2
 

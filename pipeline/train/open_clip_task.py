@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from teacher_cache.pipeline.data.batches.target_dataset import TargetDataset
+from teacher_cache.pipeline.data.torch_datasets.target_dataset import TargetDataset
 
 
 class _CachedRows(nn.Module):

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from teacher_cache.pipeline.data.batches.pairs import views_used
-from teacher_cache.pipeline.data.batches.shown_pairs import ShownPair, ShowPair, rows_of
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.data.tokens import tokenizer_identity
+from teacher_cache.pipeline.data.torch_datasets.shown_pairs import ShownPair, ShowPair, rows_of
 from teacher_cache.pipeline.settings.train import OpenClipTrainConfig
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.identity import CacheIdentity
@@ -114,7 +114,7 @@ class _CsvPairs(Dataset[ShownPair]):
 
 
 class _Replaced:
-    """What runs in place of two functions of ``open_clip_train.main``."""
+    """Replacements of two functions of ``open_clip_train.main``."""
 
     def __init__(self, reader: EmbeddingReader, views: int) -> None:
         self._reader, self._views = reader, views

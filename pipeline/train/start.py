@@ -98,7 +98,7 @@ def recorded_start(run: RunFolder) -> RunRecord | None:
 
 @dataclass(frozen=True)
 class TrainingCache:
-    """The cache of a run, and those of further teachers, opened and checked.
+    """Opened and checked caches of a run, one for each teacher.
 
     Attributes:
         rows: rows of the training images.
@@ -127,7 +127,7 @@ class TrainingCache:
         if config.expect is not None and begun is None:
             expected = expected_identity(config.expect)
             accepted = reader.identity.require(expected, config.cache, _WAY_OUT, config.accept_mismatch)
-        biased = [(each.location, each.identity.teacher) for each in (reader, *others)]
+        biased = [(cache.location, cache.identity.teacher) for cache in (reader, *others)]
         for cache, teacher in biased if config.losses.get("sigmoid_relational", 0) > 0 else ():
             if teacher.logit_bias is not None:
                 continue

@@ -230,11 +230,11 @@ class IdentityDifference(NamedTuple):
     """One field in which two identities differ."""
 
     field: str
-    found: str
-    wanted: str
+    cached: str
+    requested: str
 
     def __str__(self) -> str:
-        return short_digests(f"{self.field}: {self.found} in the cache, {self.wanted} asked for")
+        return short_digests(f"{self.field}: {self.cached} in the cache, {self.requested} asked for")
 
 
 def short_digests(text: str) -> str:

@@ -126,7 +126,7 @@ def diff_caches(
     if not 0 <= view < views:
         raise UsageError(f"neither {a} nor {b} has a view {view}; views 0 to {views - 1} can be compared")
     identity = tuple(
-        FieldDifference(field=difference.field, a=difference.found, b=difference.wanted)
+        FieldDifference(field=difference.field, a=difference.cached, b=difference.requested)
         for difference in first.identity.differences(second.identity)
     )
     layout = _fields(first.layout.fields(), second.layout.fields())
@@ -280,7 +280,7 @@ def _joined(keys: dict[str, NDArray[np.bytes_]], names: list[str], rows: _Rows) 
 
 
 def _matches(a: NDArray[np.bytes_], b: NDArray[np.bytes_]) -> tuple[_Rows, _Rows]:
-    """Return the positions of equal values in both, one to one: the n-th of several equal ones is that of the n-th."""
+    """Return the positions of equal values in both, in pairs: the n-th of equal values belongs to the n-th."""
     codes = np.unique(np.concatenate([a, b]), return_inverse=True)[1]
     keys_a, keys_b = (part * len(codes) + _earlier_equals(part) for part in np.split(codes, [len(a)]))
     _, at_a, at_b = np.intersect1d(keys_a, keys_b, assume_unique=True, return_indices=True)

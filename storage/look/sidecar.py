@@ -96,22 +96,22 @@ def _rows_by_tar(reader: EmbeddingReader, rows: NDArray[np.int64]) -> dict[str, 
         UsageError: an image does not lie in a tar below the dataset's folder.
     """
     parts: dict[str, list[NDArray[np.int64]]] = {}
-    first, wanted = 0, np.zeros(reader.manifest.layout.image_rows, bool)
-    wanted[rows] = True
+    first, is_chosen = 0, np.zeros(reader.manifest.layout.image_rows, bool)
+    is_chosen[rows] = True
     for uris, offsets in zip(reader.column(SAMPLES, "uri"), reader.column(SAMPLES, "offset"), strict=True):
         coded = uris.combine_chunks().dictionary_encode()
         codes, inside = coded.indices.to_numpy(), offsets.to_numpy() >= 0
-        mine = np.flatnonzero(wanted[first : first + len(uris)])
-        mine = mine[np.argsort(codes[mine], kind="stable")]
-        for here in np.split(mine, np.flatnonzero(np.diff(codes[mine])) + 1):
-            uri = coded.dictionary[codes[here[0]]].as_py() if len(here) else ""
-            if len(here) and not (inside[here].all() and _is_tar_below(uri)):
+        chosen = np.flatnonzero(is_chosen[first : first + len(uris)])
+        chosen = chosen[np.argsort(codes[chosen], kind="stable")]
+        for group in np.split(chosen, np.flatnonzero(np.diff(codes[chosen])) + 1):
+            uri = coded.dictionary[codes[group[0]]].as_py() if len(group) else ""
+            if len(group) and not (inside[group].all() and _is_tar_below(uri)):
                 raise UsageError(
                     f"{reader.location}: the image {uri} does not lie in a tar of this dataset "
                     f"({reader.manifest.source.dataset}), and --sidecar writes one tar beside each. Leave --sidecar "
                     "out, or read the rows by teacher_cache.TargetDataset"
                 )
-            parts.setdefault(uri, []).append(here + first)
+            parts.setdefault(uri, []).append(group + first)
         first += len(uris)
     return {uri: np.concatenate(own) for uri, own in parts.items() if uri}
 

@@ -195,7 +195,7 @@ def start_json_logs() -> None:
 
 
 def start_text_logs() -> None:
-    """Write warnings to stderr as lines for people: ours and those of libraries."""
+    """Write warnings, those of libraries too, to stderr as lines for people."""
     _write_by(_text_lines, logging.NOTSET)
 
 

@@ -177,8 +177,8 @@ def count_input(future: Future[_Result], tower: str, seconds: Callable[[_Result]
     def done(future: Future[_Result]) -> None:
         event(_LOG, logging.DEBUG, "input done")
         if not future.cancelled() and future.exception() is None:
-            for each in seconds(future.result()):
-                event(_LOG, logging.DEBUG, "input prepared", tower=tower, seconds=each)
+            for duration in seconds(future.result()):
+                event(_LOG, logging.DEBUG, "input prepared", tower=tower, seconds=duration)
 
     event(_LOG, logging.DEBUG, "input queued")
     future.add_done_callback(done)  # also called if the job fails or is cancelled

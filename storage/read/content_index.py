@@ -67,7 +67,7 @@ class ContentIndex:
         return self._images.rows(image_sha256)
 
     def captions_held(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Return the first row of each caption by its text, of whatever image, (n,); -1 for none."""
+        """Return the first row of each caption by its text alone, (n,); -1 for none."""
         return self._captions.rows([text.strip() for text in texts])
 
     def _found(self, keys: _Keys, contents: Sequence[str], missing: Iterable[str]) -> NDArray[np.int64]:

@@ -99,9 +99,9 @@ def require_same_plan(manifest: CacheManifest, identity: CacheIdentity, layout: 
         layout = layout.model_copy(update={"views": planned.views})
     manifest.identity.require(identity, location)
     if planned.compressor != layout.compressor:
-        has, asked, same = ("", "not ", "true") if planned.compressor else ("not ", "", "false")
+        has, wants, same = ("", "not ", "true") if planned.compressor else ("not ", "", "false")
         raise CacheMismatchError(
-            f"{location}: chunks are {has}compressed in the cache, {asked}compressed asked for. Set compress to "
+            f"{location}: chunks are {has}compressed in the cache, {wants}compressed asked for. Set compress to "
             f"{same}; or make a new cache at another path, which can reuse the rows of this one once it is finished."
         )
     if planned != layout:

@@ -184,7 +184,7 @@ class EmbeddingWriter:
         others: dict[str, bytes],
         quarantined: Sequence[QuarantinedRow],
     ) -> dict[str, ObjectDigest]:
-        """Return the digests of the objects that are in place: this writer's, and those of an earlier one.
+        """Return the digests of the objects that are in place, of this writer or an earlier one.
 
         An earlier writer of the cache had the same teacher and images, so its rows are as right as these.
 

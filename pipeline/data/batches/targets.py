@@ -91,7 +91,7 @@ class JoinedTeachers:
     def targets(self, batches: Iterable[Pairs]) -> Generator[TeacherTargets]:
         """Yield the targets of each batch, in order; see :class:`CachedTeacher`."""
         first, *others = tee(batches, len(self._sources))
-        shares = [first, *(map(cache.rows, each) for cache, each in zip(self._joined, others, strict=True))]
+        shares = [first, *(map(cache.rows, pairs) for cache, pairs in zip(self._joined, others, strict=True))]
         with ExitStack() as open_sources:
             streams = [
                 open_sources.enter_context(closing(source.targets(share)))
@@ -99,7 +99,7 @@ class JoinedTeachers:
             ]
             for by_teacher in zip(*streams, strict=True):
                 yield TeacherTargets(
-                    *(_side_by_side([getattr(each, tower) for each in by_teacher]) for tower in ("image", "text"))
+                    *(_side_by_side([getattr(targets, tower) for targets in by_teacher]) for tower in ("image", "text"))
                 )
 
 

@@ -206,7 +206,7 @@ def _kind_of_folder(path: Path) -> str:
     shown = printable(str(path))
     if not path.is_dir():
         advice = next(
-            (said for ending, said in _NOT_READ.items() if shown.lower().endswith(ending)), f"write {KIND_OF}"
+            (text for ending, text in _NOT_READ.items() if shown.lower().endswith(ending)), f"write {KIND_OF}"
         )
         raise UsageError(f"dataset {shown!r} has no kind, and its ending shows none; {advice.format(shown)}")
     forms = {

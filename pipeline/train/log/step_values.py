@@ -52,7 +52,7 @@ class LateValues:
 
     @property
     def ready(self) -> bool:
-        """Whether the step has ended. On a CPU: always."""
+        """True if the step has ended. On a CPU: always."""
         return self._there is None or bool(self._there.query())  # type: ignore[no-untyped-call]
 
     def read(self) -> StepValues:

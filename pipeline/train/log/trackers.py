@@ -27,7 +27,7 @@ _ID_TAG = "teacher_cache.run"
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told about a run.
+    """Facts about a run that a tracker gets.
 
     Attributes:
         folder: folder of the run.

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from teacher_cache import Cache, CacheMismatchError, PrecomputeConfig, UsageError, precompute
-from teacher_cache.pipeline.data.batches.shown_pairs import ShownPair
+from teacher_cache.pipeline.data.torch_datasets.shown_pairs import ShownPair
 from teacher_cache.pipeline.train.open_clip_trainer import CachedDistModel
 from tests.conftest import TINY_MODEL, make_model_folder, shared
 from tests.pipeline.train.open_clip_work import (

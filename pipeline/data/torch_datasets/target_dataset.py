@@ -30,7 +30,7 @@ _ALL_CHUNKS = 1 << 30
 
 
 class _Opened:
-    """What one process has open of a cache."""
+    """Files of a cache that one process has open."""
 
     def __init__(self, reader: EmbeddingReader, kept_chunks: int) -> None:
         self.process, self.reader, self.kept_chunks = os.getpid(), reader, kept_chunks

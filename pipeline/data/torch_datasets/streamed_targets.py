@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from teacher_cache.pipeline.data.batches.pairs import PairOrder
-from teacher_cache.pipeline.data.batches.target_dataset import TargetDataset
 from teacher_cache.pipeline.data.batches.targets import CachedTeacher
+from teacher_cache.pipeline.data.torch_datasets.target_dataset import TargetDataset
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.read.rows import RowSet
 

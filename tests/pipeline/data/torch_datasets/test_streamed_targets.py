@@ -13,7 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from teacher_cache import Cache, CacheCorruptError, CacheMismatchError, StreamedTargets, TargetDataset, UsageError
 from tests.conftest import make_known_cache
-from tests.pipeline.data.batches.test_target_dataset import check_known
+from tests.pipeline.data.torch_datasets.test_target_dataset import check_known
 
 
 @pytest.fixture(scope="module")
