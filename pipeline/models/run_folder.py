@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from teacher_cache.pipeline.models.run_record import RunRecord, other_settings
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.files.local import LocalFiles, sync
+from teacher_cache.storage.files.local import LocalFiles, make_folder, sync
 from teacher_cache.storage.files.new_files import require_writable
 from teacher_cache.storage.files.places import RUN, misplaced, similar_names
 
@@ -60,7 +60,7 @@ class RunFolder:
             CacheAccessError: this user may not write in the folder.
         """
         require_writable(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.absolute())
         with (self.path / _LOCK).open("a+") as file:
             try:
                 # a record lock: child processes do not inherit it, so a kill releases it
@@ -261,9 +261,11 @@ class RunFolder:
         """Yield an empty folder of the run for a checkpoint, which no record names yet; sync it after the block."""
         folder = self.path / name
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        make_folder(folder.parent.absolute())
+        folder.mkdir()
         yield folder
-        for path in [*folder.rglob("*"), folder]:
+        # its name too, or the record could outlive the checkpoint that it names
+        for path in [*folder.rglob("*"), folder, folder.parent]:
             sync(path)
 
     def switch(self, record: RunRecord) -> None:

@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,6 +25,7 @@ class LocalFiles(CacheFiles):
         self.location = location
         # absolute: a process that changes its folder keeps the same cache
         self._root = Path(location).absolute()
+        self._durable = set[Path]()  # folders that are on the disk for sure: this process has synced them into theirs
 
     def path(self, key: str) -> str:
         """Return the path of the object's file."""
@@ -43,7 +44,7 @@ class LocalFiles(CacheFiles):
     def write(self, key: str, data: bytes) -> None:
         """Replace the object. A kill leaves the old object or the new one, and perhaps a ``.partial-*`` file."""
         target = self._root / key
-        with _partial_of(target, data) as partial:
+        with self._partial_of(target, data) as partial:
             partial.replace(target)
 
     def create(self, key: str, data: bytes) -> bool:
@@ -55,15 +56,21 @@ class LocalFiles(CacheFiles):
         target = self._root / key
         if target.exists():  # saves the write; link() decides the race
             return False
-        with _partial_of(target, data) as partial:
+        with self._partial_of(target, data) as partial:
             return _link(partial, target)
 
     def place(self, key: str, data: bytes) -> bytes | None:
         """Create the object unless it exists. An existing one is synced: its writer may not have come so far."""
         existing = super().place(key, data)
         if existing is not None:
-            sync((self._root / key).parent)
+            self.settle([key])
         return existing
+
+    def settle(self, keys: Iterable[str]) -> None:
+        """Sync the folders of existing objects."""
+        for folder in {(self._root / key).parent for key in keys}:
+            self._make_durable(folder)
+            sync(folder)
 
     def exists(self, key: str) -> bool:
         """Return whether the object exists."""
@@ -96,6 +103,37 @@ class LocalFiles(CacheFiles):
     def delete(self, key: str) -> None:
         """Remove the object if it exists."""
         (self._root / key).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _partial_of(self, target: Path, data: bytes) -> Iterator[Path]:
+        """Yield a synced file beside the target; remove it afterwards and sync the folder."""
+        self._make_durable(target.parent)
+        partial = target.parent / f".partial-{this_process().tag}-{secrets.token_hex(4)}"
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield partial
+        except OSError as error:
+            error.filename = error.filename or str(target)  # ENOSPC carries no file name
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
+        # the new name itself must survive a power cut, or a commit could outlive the chunk it vouches for
+        sync(target.parent)
+
+    def _make_durable(self, folder: Path) -> None:
+        """Make a folder. An existing one is synced into its parent too: its maker may have been killed before that."""
+        if folder in self._durable and folder.is_dir():
+            return
+        make_folder(folder)
+        for path in (folder, *folder.parents):
+            if path in self._durable or not path.is_relative_to(self._root):
+                break
+            with contextlib.suppress(PermissionError):  # the user's own folder, in one that may not be listed
+                sync(path.parent)
+            self._durable.add(path)
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
@@ -131,27 +169,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _partial_of(target: Path, data: bytes) -> Iterator[Path]:
-    """Yield a synced file beside the target; remove it afterwards and sync the folder."""
-    _make_folder(target.parent)
-    partial = target.parent / f".partial-{this_process().tag}-{secrets.token_hex(4)}"
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield partial
-    except OSError as error:
-        error.filename = error.filename or str(target)  # ENOSPC carries no file name
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
-    # the new name itself must survive a power cut, or a commit could outlive the chunk it vouches for
-    sync(target.parent)
-
-
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make a folder and its parents, each synced into its parent: an object is as durable as its path."""
     missing = []
     while not folder.is_dir():

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from teacher_cache.storage.errors import CacheAccessError, UsageError
-from teacher_cache.storage.files.local import sync
+from teacher_cache.storage.files.local import make_folder, sync
 from teacher_cache.storage.files.processes import this_process
 
 
@@ -59,7 +59,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     require_free(out)
     # the whole process name: another container may have the same process id
     partial = out.with_name(f".partial-{this_process().tag}-{out.name}")
-    partial.mkdir(parents=True)
+    make_folder(partial.parent)
+    partial.mkdir()
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -88,6 +89,9 @@ class CacheFiles(ABC):
         if existing == b"":
             self.write(key, data)
         return existing or None
+
+    def settle(self, keys: Iterable[str]) -> None:  # noqa: B027 - in an object store nothing is left to do
+        """Make existing objects durable: the process that created them may have been stopped just before that."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:

@@ -28,7 +28,7 @@ from teacher_cache.storage.format.commits import (
 from teacher_cache.storage.format.int8 import quantize
 from teacher_cache.storage.format.journal import ChunkCost, write_cost
 from teacher_cache.storage.format.layout import ARRAYS, SCALE, Tower, stored_arrays
-from teacher_cache.storage.format.manifest import CacheManifest, Seal
+from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest, Seal
 from teacher_cache.storage.format.manifest_file import incomplete_message, read_manifest, write_manifest
 from teacher_cache.storage.format.row_rules import wrong_rows
 from teacher_cache.storage.format.table_rows import TableRows
@@ -237,6 +237,8 @@ class EmbeddingWriter:
             CacheIncompleteError: chunks without a commit record.
         """
         sealed = self._sealed()
+        # another process may have been killed between a commit record, or the seal, and its sync
+        self.files.settle([MANIFEST_KEY, *(ref.commit_key for ref in all_chunks(self.manifest.layout))])
         if sealed != self.manifest:
             write_manifest(self.files, sealed)
             self.manifest = sealed

@@ -21,7 +21,6 @@ import pytest
 from teacher_cache.pipeline.precompute import encode
 from teacher_cache.storage.errors import CacheMismatchError
 from teacher_cache.storage.files.local import LocalFiles
-from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import ChunkCommit, ChunkRef, all_chunks
 from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest
 from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, SAMPLES, read_table, table_files
@@ -78,8 +77,8 @@ class Replay(LocalFiles):
     def create(self, key: str, data: bytes) -> bool:
         return key.startswith(TABLES[1:]) or bool(self.step("create", key, data))
 
-    def place(self, key: str, data: bytes) -> bytes | None:
-        return CacheFiles.place(self, key, data)  # nothing to sync
+    def settle(self, keys: Any) -> None:
+        """Nothing to sync."""
 
     def exists(self, key: str) -> bool:
         return bool(self.step("exists", key))
