@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ def big_cache(
     chunk_rows: int = 4096,
     captions: int | None = None,
     block: NDArray[np.float16] | None = None,
+    rows_of: Callable[[ChunkRef, int], NDArray[np.float16]] | None = None,
     **fields: Any,
 ) -> str:
     """A sealed cache of ``rows`` images of one view, below ``folder``; one that is there already is taken.
@@ -51,6 +52,7 @@ def big_cache(
         width: of the embeddings, float16.
         captions: of the text tower, spread evenly over the images; one for each image if left out.
         block: (chunk_rows, width) unit rows that each chunk has, its columns in another order; noise if left out.
+        rows_of: makes the unit rows of a chunk, given their number, in place of the block.
         fields: further fields of the layout. Caches of other fields or blocks need other folders.
 
     Returns:
@@ -73,7 +75,7 @@ def big_cache(
     source = Source(dataset="noise:/nowhere", image_root="/nowhere")
     manifest = plan_cache(location, identity, layout, source, _tables(rows, captions), {"torch": "0"})
     if not manifest.sealed:
-        _write(location, _noise(layout) if block is None else block)
+        _write(location, rows_of or _permuted(_noise(layout) if block is None else block))
     return location
 
 
@@ -84,14 +86,16 @@ def _noise(layout: Layout) -> NDArray[np.float16]:
     return rows
 
 
-def _embeddings(refs: list[ChunkRef], layout: Layout, block: NDArray[np.float16]) -> Iterator[NDArray[np.float16]]:
+def _permuted(block: NDArray[np.float16]) -> Callable[[ChunkRef, int], NDArray[np.float16]]:
     # noise is the slow part: one block of it serves all chunks, its columns in another order for each
-    for ref in refs:
-        columns = np.random.default_rng([ref.tower == "text", ref.view, ref.chunk]).permutation(layout.embed_dim)
-        yield np.ascontiguousarray(block[: len(ref.rows(layout)), columns])
+    def rows_of(ref: ChunkRef, rows: int) -> NDArray[np.float16]:
+        columns = np.random.default_rng([ref.tower == "text", ref.view, ref.chunk]).permutation(block.shape[1])
+        return np.ascontiguousarray(block[:rows, columns])
+
+    return rows_of
 
 
-def _write(location: str, block: NDArray[np.float16]) -> None:
+def _write(location: str, rows_of: Callable[[ChunkRef, int], NDArray[np.float16]]) -> None:
     writer = EmbeddingWriter(location)
     layout = writer.manifest.layout
     refs = [ref for ref in all_chunks(layout) if not writer.is_committed(ref)]
@@ -102,7 +106,7 @@ def _write(location: str, block: NDArray[np.float16]) -> None:
             arrays["view"] = np.tile(np.array([0, 0, 224, 224, 0], np.float32), (len(embedding), 1))
         writer.write(ref, arrays)
 
-    embeddings = _embeddings(refs, layout, block)
+    embeddings = (rows_of(ref, len(ref.rows(layout))) for ref in refs)
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(refs), 2 * _THREADS):  # so few chunks are in memory at a time
             some = refs[start : start + 2 * _THREADS]

@@ -29,6 +29,7 @@ register(
         "student",
         "A student's own jobs: inherit, mean, resize, pixels, cost, push, open-clip-train.",
     ),
+    ("Look inside", "twins", "report", "Find images to learn from that show the same picture as a measured one."),
     ("Student", "train", "train", "Train a student from a finished cache."),
     ("Student", "evaluate", "evaluate", "Measure the recall of a teacher and its student, and the retention."),
     ("Student", "zero-shot", "evaluate", "Measure the zero-shot accuracy of a student, a teacher or both."),

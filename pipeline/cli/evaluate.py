@@ -47,6 +47,7 @@ def _remarks(result: EvaluateResult) -> Iterator[str]:
     if result.together is not None:
         retained = "; the retention is of the first teacher" if result.student else ""
         yield f"together: by the mean of the teachers' logits{retained}"
+    yield from _twins(result)
     if result.not_kept:
         yield f"warning: not left in the run, so that no report of it will show it: {result.not_kept}"
     if result.student is not None and result.images < _FEW_IMAGES:
@@ -63,6 +64,26 @@ def _remarks(result: EvaluateResult) -> Iterator[str]:
     elif low := _near_chance(result):
         retention = "the retention says" if result.student else "a student's retention will say"
         yield f"the {low} is hardly above chance: {retention} nothing"
+
+
+def _twins(result: EvaluateResult) -> Iterator[str]:
+    """Yield how many images have a twin in training, and what is kept without them."""
+    from teacher_cache.pipeline.evaluate.recall import mean_recall
+
+    twins = result.twins
+    if twins and twins.unread:
+        yield f"{counted(twins.unread, 'image')} not compared with training: a picture cannot be read"
+    if not twins or not twins.images:
+        return
+    line = (
+        f"{counted(twins.images, f'{result.split} image')} {'has' if twins.images == 1 else 'have'} a twin in training"
+    )
+    if twins.teacher and twins.student and twins.retention:
+        means = [f"{mean_recall(recalls):.1f}" for recalls in (twins.teacher, twins.student)]
+        kept = twins.retention["mean"]
+        share = "" if kept is None else f", retention {kept:.1f} %"
+        line += f"; without them: mean recall of the teacher {means[0]}, of the student {means[1]}{share}"
+    yield f"{line}. teacher-cache twins lists them, and train --exclude leaves them out"
 
 
 def _near_chance(result: EvaluateResult) -> str:

@@ -1,19 +1,40 @@
-"""The ``report`` command."""
+"""The commands that show pictures: ``report`` and ``twins``."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import click
 from pydantic import BaseModel, Field
 
-from teacher_cache.storage.cli.app import cache_argument, command, json_flag, of_kind, option, print_result, seed_option
+from teacher_cache.pipeline.settings.names import next_run
+from teacher_cache.storage.cli.app import (
+    cache_argument,
+    command,
+    complete_cache,
+    json_flag,
+    of_kind,
+    option,
+    print_result,
+    refuse_unused,
+    seed_option,
+)
+from teacher_cache.storage.cli.tables import Part, Table
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.local import LocalFiles
-from teacher_cache.storage.files.places import DEPLOYED, RUN
+from teacher_cache.storage.files.new_files import out_file
+from teacher_cache.storage.files.places import CACHE, DEPLOYED, RUN
+from teacher_cache.storage.observe.logs import suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
-from teacher_cache.storage.observe.quantities import byte_size
+from teacher_cache.storage.observe.quantities import byte_size, counted
+
+if TYPE_CHECKING:
+    from teacher_cache.pipeline.twins.find import Twins
+
+_SHOWN = 10
 
 
 class ReportResult(BaseModel, frozen=True):
@@ -76,8 +97,6 @@ def report(cache: str, out: str, data: str | None, as_json: bool, **options: Any
 
 def _targets(out: str, data: str | None) -> tuple[Path, Path | None]:
     """Return the paths of page and data, checked to be different files that can be written."""
-    from teacher_cache.storage.files.new_files import out_file
-
     target = out_file("--out", out, "report.html")
     data_target = None if data is None else out_file("--data", data, "report.json")
     if data_target == target:
@@ -87,3 +106,72 @@ def _targets(out: str, data: str | None) -> tuple[Path, Path | None]:
 
 def _write(path: Path, data: bytes) -> None:
     LocalFiles(str(path.parent)).write(path.name, data)
+
+
+@command("twins", example="twins coco.cache --split train --out twins.json")
+@cache_argument()
+@option(
+    "--against",
+    "Cache of the measured images, by the same teacher. Default: this one.",
+    metavar="OTHER",
+    callback=of_kind(CACHE),
+    shell_complete=complete_cache,
+)
+@option("--split", "Split to learn from. Default: train, or the cache's only one.")
+@option("--against-split", "Split of the measured images. Default: all others; of OTHER all.")
+@option(
+    "--least",
+    "Minimum cosine of pairs whose pictures are compared. Default: four times as near as two images usually are.",
+    type=click.FloatRange(-1, 1),
+    metavar="X",
+)
+@option("--out", "JSON file to write or replace: the list that train --exclude takes.")
+@option("--html", "HTML file to write or replace: the pairs with their pictures.")
+@option("--image-root", "Folder or URL of the images, if they moved. Default: the recorded place.")
+@option("--against-root", "The same for the images of OTHER.")
+@json_flag
+def twins(cache: str, out: str | None, html: str | None, as_json: bool, **options: Any) -> None:
+    """Pictures count as the same if one is recompressed, resized, cropped a little or mirrored.
+
+    Nothing of a cache is written.
+    """
+    if options["against"] is None:
+        refuse_unused(("against_root",), "without --against")
+    target = None if out is None else out_file("--out", out, "twins.json")
+    page_target = None if html is None else out_file("--html", html, "twins.html")
+    if page_target is not None:
+        import altair  # noqa: F401 - a missing extra is told before the work begins
+    from teacher_cache.pipeline.twins.find import find_twins
+
+    with StageProgress() as progress:
+        result = find_twins(cache, progress=progress, **options)
+    if target is not None:
+        _write(target, result.model_dump_json(indent=1).encode())
+    if page_target is not None:
+        from teacher_cache.pipeline.report.twins_page import render_twins
+
+        _write(page_target, render_twins(result, options["image_root"], options["against_root"]).encode())
+    print_result(result, as_json, lambda _: _twins_parts(result))
+    if result.excluded and not as_json:
+        if target is None:
+            suggest_next("twins", cache, against=options["against"], out="twins.json")
+        else:
+            suggest_next("train", cache=cache, exclude=out, student="STUDENT", out=next_run())
+
+
+def _twins_parts(result: Twins) -> Iterator[Part]:
+    yield result.summary
+    if result.twins:
+        table = Table(columns=("to learn from", "its twin", "split", "kind", "cosine", "likeness"))
+        for twin in result.twins[:_SHOWN]:
+            numbers = f"{twin.cosine:.3f}", f"{twin.likeness:.3f}"
+            table.add_row(twin.sample_id, twin.twin, twin.twin_split or "-", twin.kind, *numbers)
+        yield table
+        if len(result.twins) > _SHOWN:
+            yield f"and {counted(len(result.twins) - _SHOWN, 'pair')} more: --out or --html names them all"
+    yield f"candidates: {counted(result.near, 'pair')} of cosine {result.least_cosine:.3f} or more"
+    yield f"twins: a likeness of pixels of {result.least_likeness:g} or more, or the same bytes; {result.seconds:.0f} s"
+    if result.quarantined:
+        yield f"not compared: {counted(result.quarantined, 'image')} without an embedding"
+    if result.unread:
+        yield f"not compared: {counted(result.unread, 'image')}, the first: {result.unread_first}"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     "train",
     TrainConfig,
     flags=(
-        *("cache", "student", "out", "split", "image_root", "init", "recipe", "pixels"),
+        *("cache", "student", "out", "split", "exclude", "image_root", "init", "recipe", "pixels"),
         *("epochs", "batch_size", "learning_rate", "select_split", "precision", "seed", "device", "devices"),
         "report_to",
     ),
@@ -104,6 +104,8 @@ def _lines(result: TrainResult) -> list[str]:
     ]
     if record.others:
         lines.insert(1, f"teachers: {record.teacher}, " + " : ".join(f"{share:.0%}" for share in shares))
+    if record.excluded:
+        lines.insert(1, f"left out: {counted(record.excluded.images, 'image')} of {record.excluded.path}")
     if record.dropped_images:
         lines.insert(1, f"left out: {counted(record.dropped_images, 'image')} that not all caches have")
     if record.best is not None:

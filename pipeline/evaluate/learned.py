@@ -1,15 +1,22 @@
-"""Measured images that a student learned from, told by the sha256 of their stored bytes. No torch."""
+"""Measured images that a student learned from, by the sha256 of their stored bytes, and their twins. No torch."""
 
 from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from teacher_cache.pipeline.evaluate.split import EvaluationSplit
 from teacher_cache.pipeline.models.run_record import RunRecord
+from teacher_cache.pipeline.twins.exclude import exclude_listed
+from teacher_cache.pipeline.twins.find import Images, Twins, require_comparable, twins_among
 from teacher_cache.storage.errors import CacheError, UsageError
 from teacher_cache.storage.format.tables import SAMPLES, long_texts
 from teacher_cache.storage.read.reader import EmbeddingReader
+
+_MEMORY_BYTES = 64 << 20
+_MOST_PAIRS = 2 * 10**9
 
 
 def count_learned(record: RunRecord, digests: pa.ChunkedArray, measured: EmbeddingReader | None = None) -> int | None:
@@ -28,8 +35,7 @@ def count_learned(record: RunRecord, digests: pa.ChunkedArray, measured: Embeddi
         if reader.identity.dataset != record.identity.dataset:  # another cache is in its place
             return None
         of_run = np.zeros(len(reader), bool)
-        for config in (record.config, *(run.config for run in record.averaged)):  # runs of one cache
-            of_run[reader.image_rows(config.split)] = True
+        of_run[learned_rows(record, reader)] = True
         texts, done = long_texts(digests).combine_chunks(), 0
         learned = np.zeros(len(texts), bool)
         for part in reader.column(SAMPLES, "content_sha256"):
@@ -39,6 +45,46 @@ def count_learned(record: RunRecord, digests: pa.ChunkedArray, measured: Embeddi
     except (CacheError, UsageError):  # moved, or damaged
         return None
     return int(learned.sum())
+
+
+def learned_rows(record: RunRecord, reader: EmbeddingReader) -> NDArray[np.int64]:
+    """Return the rows of its own cache that a student, or a run averaged into it, learned from, ascending.
+
+    Raises:
+        UsageError, CacheError: the cache, or the list of images that it left out, cannot be read.
+    """
+    parts = []
+    for config in (record.config, *(run.config for run in record.averaged)):  # runs of one cache
+        rows = reader.row_set(config.split)
+        if config.exclude:
+            excluded = exclude_listed(config.exclude, reader, config.split, rows)
+            if config is record.config and record.excluded and excluded.sha256 != record.excluded.sha256:
+                raise UsageError(f"{excluded.path}: another list than the one that the run left out")
+        parts.append(rows.numbers())
+    return np.unique(np.concatenate(parts))
+
+
+def find_learned_twins(record: RunRecord, split: EvaluationSplit) -> Twins | None:
+    """Find the measured images that show the same picture as an image that a student learned from.
+
+    Embeddings of the student's own cache and of the measured one are compared, and the pictures of near ones. None: the
+    student's own cache cannot be read or is of another teacher, the measured split is the one that it learned from, or
+    there are more than two billion pairs of images (some 10 s on two cores).
+    """
+    try:
+        reader = EmbeddingReader(record.config.cache, memory_bytes=_MEMORY_BYTES)
+        if reader.identity.dataset != record.identity.dataset:  # another cache is in its place
+            return None
+        require_comparable(reader, split.reader)
+        rows = learned_rows(record, reader)
+        same_images = reader.identity.dataset.samples_sha256 == split.reader.identity.dataset.samples_sha256
+        too_many = len(rows) * len(split.image_rows) > _MOST_PAIRS
+        if too_many or (same_images and len(np.intersect1d(rows, split.image_rows))):
+            return None
+        images = Images(split.reader, split.image_rows, split.image_root)
+        return twins_among(Images(reader, rows, record.image_root), images)
+    except (CacheError, UsageError):  # moved, damaged, or of another teacher
+        return None
 
 
 def learned_words(learned: int | None, of: str, who: str = "the student") -> str:

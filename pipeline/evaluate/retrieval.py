@@ -38,7 +38,7 @@ from teacher_cache.pipeline.evaluate.intervals import (
     bootstrap_recalls,
     bootstrap_share,
 )
-from teacher_cache.pipeline.evaluate.learned import count_learned
+from teacher_cache.pipeline.evaluate.learned import count_learned, find_learned_twins
 from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks, chance_recall, recall_of_ranks, retention
 from teacher_cache.pipeline.evaluate.several_teachers import OtherTeacher, measure_others
 from teacher_cache.pipeline.evaluate.split import CachedTeacher, Embedded, EvaluationSplit, embed, open_split
@@ -64,6 +64,16 @@ class TowerResult(BaseModel, frozen=True):
     retention: dict[str, Any]
 
 
+class TwinsResult(BaseModel, frozen=True):
+    """Measured images with a twin among those that a student learned from, and what it keeps without them."""
+
+    images: int = Field(description="Number of measured images that show the same picture as one of training.")
+    unread: int = Field(description="Number of measured images that were not compared: a picture cannot be read.")
+    teacher: Recalls | None = Field(None, description="Recall without these images and their captions, in percent.")
+    student: Recalls | None = None
+    retention: dict[str, Any] | None = None
+
+
 class EvaluateResult(BaseModel, frozen=True):
     """Recalls and retention in percent."""
 
@@ -81,6 +91,11 @@ class EvaluateResult(BaseModel, frozen=True):
     learned_from: str | None = Field(None, description="Cache that the student learned from.")
     learned_images: int | None = Field(
         None, description="Number of these images that the student learned from; None where its cache cannot be read."
+    )
+    twins: TwinsResult | None = Field(
+        None,
+        description="Twins of these images in training; None without a run, on the split of the training, where the "
+        "student's cache cannot be read, or for more than two billion pairs of images.",
     )
     checkpoint: str | None = Field(None, description="Folder of the student's checkpoint in the run.")
     chosen_on: str | None = Field(None, description="Split that the checkpoint was chosen on, if any.")
@@ -161,13 +176,14 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
     depth = RANK_DEPTH if rank_path else max(RECALL_KS)
     teacher_rows = embed(split, CachedTeacher())
     teacher = split.ranks(*teacher_rows, depth, config.device)
-    student = towers = together = None
+    student = towers = together = twins = None
     others: tuple[OtherTeacher, ...] = ()
     if config.other_caches:
         others, together = measure_others(split, teacher_rows, config.other_caches, config.device)
     if run is not None:
         own, in_teacher_space = _student_rows(config, split, run.student, progress)
         student = split.ranks(*own, depth, config.device)
+        twins = _without_twins(split, run.record, teacher_rows, own, config.device)
         if in_teacher_space is not None:
             towers = _each_tower(split, in_teacher_space, teacher_rows, recall_of_ranks(teacher), config.device)
     if rank_path:
@@ -175,12 +191,31 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
     result = _result(config, split, run, teacher, student).model_copy(
         update={
             "towers": towers,
+            "twins": twins,
             "other_teachers": others,
             "together": together,
             "seconds": time.perf_counter() - started,
         }
     )
     return Measured(result if run is None else _saved(run.folder, result), split, student)
+
+
+def _without_twins(
+    split: EvaluationSplit, record: RunRecord, teacher: Embedded, student: Embedded, device: str
+) -> TwinsResult | None:
+    """Measure again without the images that have a twin in training."""
+    twins = find_learned_twins(record, split)
+    if twins is None:
+        return None
+    result = TwinsResult(images=twins.others_with_twin, unread=twins.unread)
+    rest, images, captions = split.without({twin.twin_row for twin in twins.twins})
+    if not result.images or not images.any():
+        return result
+    recalls = [
+        recall_of_ranks(rest.ranks(image[images], text[captions], device=device)) for image, text in (teacher, student)
+    ]
+    update = {"teacher": recalls[0], "student": recalls[1], "retention": retention(recalls[1], recalls[0])}
+    return result.model_copy(update=update)
 
 
 def student_ranks(

@@ -12,8 +12,8 @@ stored bytes and of captions (:class:`BytesEncoder`), such as an ONNX student's:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -148,6 +148,23 @@ class EvaluationSplit:
                 f"and {len(self.caption_rows)} in split {self.name!r}"
             )
         return first_positive_ranks(image, text, self.text_image, depth, device)
+
+    def without(self, rows: Collection[int]) -> tuple[EvaluationSplit, NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return the split without some images and their captions, and masks of the images and captions that stay.
+
+        Args:
+            rows: rows of the cache.
+        """
+        images = ~np.isin(self.image_rows, list(rows))
+        captions = images[self.text_image]
+        number = np.cumsum(images) - 1
+        rest = replace(
+            self,
+            image_rows=self.image_rows[images],
+            caption_rows=self.caption_rows[captions],
+            text_image=number[self.text_image[captions]],
+        )
+        return rest, images, captions
 
     @cached_property
     def images(self) -> CachedImages:

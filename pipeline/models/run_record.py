@@ -11,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.pipeline.settings.train import TrainConfig
+from teacher_cache.pipeline.twins.exclude import Excluded
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity
 
 _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest", "view", "config"}
 # places, save intervals, waits and trackers: these may change when a run resumes
 _MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
-_MAY_DIFFER |= {"other_caches", "rank_timeout_seconds", "report_to"}
+_MAY_DIFFER |= {"other_caches", "rank_timeout_seconds", "report_to", "exclude"}
 
 # beside CHECKPOINT_CONFIG in a checkpoint; both names are open_clip's
 CHECKPOINT_WEIGHTS = "open_clip_model.safetensors"
@@ -106,6 +107,7 @@ class RunRecord(BaseModel):
     image_root: str
     train_images: int
     dropped_images: int = Field(0, description="Images of the split that another teacher's cache lacked.")
+    excluded: Excluded | None = Field(None, description="Images of the split that config.exclude left out.")
     initial_weights_sha256: str | None = Field(
         None, description="Digest of the student's weights before its first step, projections included."
     )

@@ -35,49 +35,66 @@ _EVALUATED = ["model", "keeps", "mean recall", *(f"{direction} {name}" for direc
 
 def render_report(data: ReportData) -> str:
     """Return the whole page, to be written as UTF-8."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     charts = all_charts(data)
     scripts = [(_HERE / "page.js").read_text(encoding="utf-8")]
     if charts:
         scripts.append(_libraries())
-    environment = Environment(
+    page = (
+        environment()
+        .get_template("page.html")
+        .render(
+            data=data,
+            info=data.info,
+            stats=data.stats,
+            title=name_of(data.location),
+            policy=_policy(scripts),
+            style=style(),
+            scripts=[Markup(script) for script in scripts],
+            block=Markup(_block(data, charts)),
+            charts=charts,
+            tabs=[(name.lower(), name) for name in _TABS],
+            badge=_badge(data.info),
+            quarantined=quarantined(data.info),
+            unread=unread(data.info),
+            verdict=verdict(data),
+            facts=facts(data),
+            about=about(data),
+            identity=_identity(data),
+            evaluated=_EVALUATED,
+            evaluations=_evaluations(data),
+            losses=list(dict.fromkeys(row[1] for row in charts["losses"].rows)) if "losses" in charts else [],
+            splits=sorted({point.split for point in data.row_map.points}) if data.row_map else [],
+            reasons=_reasons(data).most_common(),
+            deployments=[_turned(*cells(table)) for table in data.deployments],
+            sentences=[describe(table).splitlines() for table in data.deployments],
+        )
+    )
+    return as_utf8(page)
+
+
+def environment() -> Any:
+    """Return the environment of the pages' templates, with their filters. Every value is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(
+    made.filters.update(
         count=lambda value: "–" if value is None else f"{value:,}",
         decimal=lambda value, digits=1: "–" if value is None else f"{value:,.{digits}f}",
         counted=counted,
         quoted=shlex.quote,
     )
-    page = environment.get_template("page.html").render(
-        data=data,
-        info=data.info,
-        stats=data.stats,
-        title=_name(data.location),
-        policy=_policy(scripts),
-        style=Markup(_variables() + (_HERE / "page.css").read_text(encoding="utf-8")),
-        scripts=[Markup(script) for script in scripts],
-        block=Markup(_block(data, charts)),
-        charts=charts,
-        tabs=[(name.lower(), name) for name in _TABS],
-        badge=_badge(data.info),
-        quarantined=quarantined(data.info),
-        unread=unread(data.info),
-        verdict=verdict(data),
-        facts=facts(data),
-        about=about(data),
-        identity=_identity(data),
-        evaluated=_EVALUATED,
-        evaluations=_evaluations(data),
-        losses=list(dict.fromkeys(row[1] for row in charts["losses"].rows)) if "losses" in charts else [],
-        splits=sorted({point.split for point in data.row_map.points}) if data.row_map else [],
-        reasons=_reasons(data).most_common(),
-        deployments=[_turned(*cells(table)) for table in data.deployments],
-        sentences=[describe(table).splitlines() for table in data.deployments],
-    )
-    return as_utf8(page)
+    return made
+
+
+def style() -> Any:
+    """Return the pages' style sheet, not to be escaped."""
+    from markupsafe import Markup
+
+    return Markup(_variables() + (_HERE / "page.css").read_text(encoding="utf-8"))
 
 
 @functools.cache
@@ -136,7 +153,8 @@ def _block(data: ReportData, charts: dict[str, Chart]) -> str:
     return text
 
 
-def _name(location: str) -> str:
+def name_of(location: str) -> str:
+    """Return the last name of a location."""
     return location.rstrip("/").rpartition("/")[2] or location
 
 

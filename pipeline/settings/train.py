@@ -57,7 +57,7 @@ class TrainConfig(CachesConfig):
     init: str | None = Field(
         None,
         description="Checkpoint, folder of student inherit, or hf-hub:ORG/NAME whose weights to start from, of "
-        "the same architecture. Default: random weights.",
+        "the same architecture. Default: random.",
     )
     lock_image_unlocked_groups: int | None = Field(
         None,
@@ -87,6 +87,7 @@ class TrainConfig(CachesConfig):
     views: int | None = Field(
         None, gt=0, description="Number of the cache's views to train on, from the first. Default: all."
     )
+    exclude: str | None = Field(None, description="File of twins --out: images to leave out. Default: none.")
     captions_per_image: int = Field(
         1,
         ge=0,
@@ -113,7 +114,7 @@ class TrainConfig(CachesConfig):
     learning_rate: float = Field(
         DEFAULT.learning_rate,
         gt=0,
-        description="Peak learning rate, after warm-up; then cosine decay to 0. Default: the recipe's.",
+        description="Peak learning rate, before cosine decay to 0. Default: the recipe's.",
     )
     weight_decay: float = Field(
         DEFAULT.weight_decay,

@@ -32,6 +32,7 @@ from teacher_cache.pipeline.models.weights import digest_tensors
 from teacher_cache.pipeline.settings.recipes import RECIPES, trains_bias
 from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import IMAGES_ALONE, TrainConfig
+from teacher_cache.pipeline.twins.exclude import Excluded, exclude_listed
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import absolute_location
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity
@@ -62,7 +63,7 @@ def fit_to_cache(config: TrainConfig) -> TrainConfig:
     reader, *others = (EmbeddingReader(cache) for cache in config.caches)
 
     def count(split: str) -> int:
-        rows = reader.row_set(split)
+        rows, _ = _rows_to_learn(config, reader, split)
         if config.unmatched == "drop":  # else all of them are there, or the run is refused
             _join(config, reader, others, rows)
         return len(rows)
@@ -104,6 +105,7 @@ class TrainingCache:
         rows: rows of the training images.
         others: the caches of further teachers.
         dropped: number of images of the split that another teacher's cache lacks.
+        excluded: images of the split that ``config.exclude`` leaves out.
         accepted: differences from the expected identity that the settings accept.
     """
 
@@ -113,6 +115,7 @@ class TrainingCache:
     accepted: tuple[str, ...] = ()
     others: tuple[JoinedCache, ...] = ()
     dropped: int = 0
+    excluded: Excluded | None = None
 
     @classmethod
     def open(cls, config: TrainConfig, run: RunFolder, begun: RunRecord | None) -> TrainingCache:
@@ -120,7 +123,8 @@ class TrainingCache:
 
         Raises:
             CacheMismatchError: the cache differs from the expected one, or from the run's; or two teachers' crops do.
-            UsageError: a split cannot be used, or another teacher's cache lacks images or captions.
+            UsageError: a split or the list of ``exclude`` cannot be used, or another teacher's cache lacks images or
+                captions.
         """
         reader, *others = _opened(run, config, begun)
         accepted: tuple[str, ...] = ()
@@ -136,7 +140,9 @@ class TrainingCache:
                 f"{teacher.name} has no logit bias: it did not learn by SigLIP's loss. Use relational, or the cache of "
                 "a SigLIP teacher"
             )
-        rows = reader.row_set(config.split)
+        rows, excluded = _rows_to_learn(config, reader, config.split)
+        if begun is not None:
+            _require_same_list(run, excluded, begun.excluded)
         if config.captions_per_image:
             reader.require_captions(rows, IMAGES_ALONE)
         if config.select_split is not None and not len(reader.image_rows(config.select_split)):
@@ -146,7 +152,7 @@ class TrainingCache:
             require_same_crops(reader, other, used)
         images = len(rows)
         joined = _join(config, reader, others, rows)
-        return cls(reader, rows, config, accepted, joined, images - len(rows))
+        return cls(reader, rows, config, accepted, joined, images - len(rows), excluded)
 
     @property
     def source(self) -> ImageSource:
@@ -157,6 +163,20 @@ class TrainingCache:
     def select_split(self) -> EvaluationSplit:
         """The select split."""
         return EvaluationSplit.of(self.reader, str(self.config.select_split))
+
+
+def _rows_to_learn(config: TrainConfig, reader: EmbeddingReader, split: str) -> tuple[RowSet, Excluded | None]:
+    rows = reader.row_set(split)
+    return rows, exclude_listed(config.exclude, reader, split, rows) if config.exclude else None
+
+
+def _require_same_list(run: RunFolder, excluded: Excluded | None, begun: Excluded | None) -> None:
+    new, old = (f"{one.path} (sha256 {one.sha256[:12]})" if one else "no list" for one in (excluded, begun))
+    if (excluded and excluded.sha256) != (begun and begun.sha256):
+        raise UsageError(
+            f"{run.path}: left out the images of {old} so far, and exclude is {new} now: go on with the same list, or "
+            "train anew with another --out"
+        )
 
 
 def _join(
@@ -236,6 +256,7 @@ def new_record(cache: TrainingCache, student: Student, begun: RunRecord | None) 
     # absolute: the run may be measured from another folder
     places: dict[str, Any] = {"other_caches": tuple(map(absolute_location, config.other_caches))}
     places |= {"cache": absolute_location(config.cache), "pixels": config.pixels and absolute_location(config.pixels)}
+    places |= {"exclude": cache.excluded and cache.excluded.path}
     config = config.model_copy(update=places)
     image_root = absolute_location(cache.source.root)
     if begun is not None:
@@ -262,6 +283,7 @@ def new_record(cache: TrainingCache, student: Student, begun: RunRecord | None) 
         image_root=image_root,
         train_images=len(cache.rows),
         dropped_images=cache.dropped,
+        excluded=cache.excluded,
         initial_weights_sha256=digest_tensors(student.state_dict()),
     )
 
