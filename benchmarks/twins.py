@@ -51,7 +51,8 @@ def judge(cache: str, planted: str) -> None:
         of_kind = [pair for pair in pairs if pair[1].startswith(f"{kind}-")]
         right = [pair for pair in of_kind if pair[1] == f"{kind}-{pair[0]}"]
         print(f"{kind}: recall {len(right) / wanted[kind]:.4f}, precision {len(right) / max(len(of_kind), 1):.4f}")
-        print("\n".join(f"  another photograph: {pair}" for pair in of_kind if pair not in right))
+        for pair in sorted(set(of_kind) - set(right)):
+            print(f"  another photograph: {pair}")
     print(f"{twins.near:,} candidates of cosine {twins.least_cosine:.3f}, unread {twins.unread}, {twins.seconds:.1f} s")
     _by_cosine_alone(Cache(cache), Cache(planted))
 

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from teacher_cache.pipeline.settings.names import CHECKPOINT_CONFIG
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.pipeline.twins.exclude import Excluded
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import CacheIdentity
 
@@ -82,6 +81,14 @@ class OtherTeacher(BaseModel, frozen=True):
     teacher: str
     cache_manifest_digest: str
     identity: CacheIdentity = Field(description="Identity of its cache.")
+
+
+class Excluded(BaseModel, frozen=True):
+    """Images that a run left out by a list."""
+
+    path: str = Field(description="File of the list, absolute.")
+    sha256: str = Field(description="Digest of the file.")
+    images: int = Field(description="Number of images of the list that the split has.")
 
 
 class RunRecord(BaseModel):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from teacher_cache.pipeline.models.run_record import Excluded
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.rows import RowSet
@@ -23,14 +24,6 @@ class _ExcludeList(BaseModel):
     split: str
     samples_sha256: str
     twins: tuple[_Entry, ...]
-
-
-class Excluded(BaseModel, frozen=True):
-    """Images that a run left out, as its record has them."""
-
-    path: str = Field(description="File of the list, absolute.")
-    sha256: str = Field(description="Digest of the file.")
-    images: int = Field(description="Number of images of the list that the split has.")
 
 
 def exclude_listed(path: str, reader: EmbeddingReader, split: str, rows: RowSet) -> Excluded:
