@@ -10,6 +10,7 @@ import json
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from teacher_cache.pipeline.data.datasets import samples
+from teacher_cache.pipeline.data.datasets.records import SampleSet
 from teacher_cache.pipeline.data.datasets.samples import load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.data.images.decode import MAX_PIXELS, UndecodableImageError, decode_image
@@ -169,8 +171,33 @@ def _dataset(kind: str, file: str, root: str = "") -> Callable[[bytes, Path], No
         for problem in found.problems:
             _storable(problem.where, problem.detail)
             assert "\n" not in problem.where + problem.detail
+            assert problem.where
+            assert problem.detail
+        lost = sum(problem.lost_image for problem in found.problems)
+        if (images := _images_in(kind, home / file, found)) is not None:
+            assert len(found.samples) + lost == images, "images in = rows + lost images"
 
     return run
+
+
+def _images_in(kind: str, file: Path, found: SampleSet) -> int | None:
+    """Count the images that a file lists in another way than its adapter does; None where that is not tried."""
+    kinds = Counter(problem.kind for problem in found.problems)
+    if kind in ("coco", "karpathy"):
+        again = sum(problem.kind == "duplicate-id" and not problem.lost_image for problem in found.problems)
+        return len(json.loads(file.read_text("utf-8-sig", "surrogateescape"))["images"]) - again
+    if kinds["broken-file"]:
+        return None
+    if file.suffix == ".parquet":
+        paths = pq.read_table(file, columns=["path"])["path"]
+        return len({path.strip() for path in paths.to_pylist() if path} - {""}) if paths.type == pa.string() else None
+    if kind != "webdataset":
+        return None
+    with tarfile.open(file, "r:", encoding="utf-8", errors="surrogateescape") as archive:
+        names = [PurePosixPath(member.name).name for member in archive if not member.isdir()]
+    endings = [ending.lower() for key, _, ending in (name.partition(".") for name in names) if key]
+    passed_over = sum("ends at the first dot" in problem.detail for problem in found.problems)
+    return sum(ending in ("jpg", "jpeg", "png", "webp") for ending in endings) + passed_over
 
 
 def _no_network(url: str, offset: int, length: int) -> bytes:

@@ -4,6 +4,7 @@ runs the same targets for hours where somebody wants that."""
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from teacher_cache.pipeline.data.datasets import records
+from teacher_cache.pipeline.data.datasets.adapters import coco
 from teacher_cache.storage.format.identity import digest_of
 from tests.fuzz_targets import TARGETS
+from tests.hostile_files import HOSTILE
 
 # the same examples each time: a red run is red for everybody
 CI = settings(
@@ -136,6 +140,21 @@ def test_json_of_another_shape(name: str, tmp_path: Path, data: st.DataObject) -
 @pytest.mark.parametrize("data", [b"[" * 100_000, b'{"images":' * 50_000, b"9" * 10_000, b"\xef\xbb\xbf", b"\xff\xfe"])
 def test_deep_long_and_empty(name: str, data: bytes, tmp_path: Path) -> None:
     TARGETS[name].run(data, tmp_path)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_files_made_to_harm(name: str, tmp_path: Path) -> None:
+    """Names that climb, links, devices, doubles, nonsense of every type."""
+    for seed in range(40):
+        TARGETS[name].run(HOSTILE[name](random.Random(seed)), tmp_path)
+
+
+def test_an_image_that_vanishes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the count is for."""
+    sound = records.sample_or_problem
+    monkeypatch.setattr(coco, "sample_or_problem", lambda name, *more: () if "b.png" in name else sound(name, *more))
+    with pytest.raises(AssertionError, match="images in = rows"):
+        TARGETS["coco"].run(TARGETS["coco"].seeds()[0], tmp_path)
 
 
 @pytest.mark.parametrize("name", TARGETS)
