@@ -130,6 +130,7 @@ def _recall_table(result: EvaluateResult) -> Table:
     """Return the table of recalls of teacher, student and measured towers, with retention and interval, in percent."""
     where = f"{result.cache}, {result.split}" if result.split else result.cache
     title = f"{where}: {counted(result.images, 'image')}, {counted(result.captions, 'caption')}"
+    title += f" of kind {result.caption_kind}" * bool(result.caption_kind)
     title += _checkpoint(result.checkpoint, result.chosen_on)
     if any(field.startswith("dataset") for field in result.accepted_mismatches):
         title += f", which learned from {result.learned_from}"

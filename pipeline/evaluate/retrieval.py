@@ -80,6 +80,7 @@ class EvaluateResult(BaseModel, frozen=True):
     split: str
     images: int
     captions: int
+    caption_kind: str | None = Field(None, description="Kind of the captions; None: all captions.")
     distinct_captions: int | None = Field(None, description="Number of different texts among the captions.")
     dataset: str | None = Field(None, description="Dataset of the cache, KIND:PATH.")
     teacher_name: str | None = Field(None, description="Name of the cached teacher.")
@@ -355,6 +356,7 @@ def _result(
         split=split.name,
         images=len(split.image_rows),
         captions=len(split.caption_rows),
+        caption_kind=config.caption_kind,
         distinct_captions=split.distinct_captions,
         dataset=split.reader.manifest.source.dataset,
         teacher_name=split.reader.identity.teacher.name,
@@ -387,7 +389,8 @@ def _saved(folder: RunFolder, result: EvaluateResult) -> EvaluateResult:
     """Save the result in the run folder; if that fails, return it with the reason."""
     data = (result.model_dump_json(indent=2) + "\n").encode()
     try:
-        folder.keep_evaluation(result.split, str(result.checkpoint), result.cache_manifest_digest, data)
+        split = "-".join(filter(None, (result.split, result.caption_kind)))
+        folder.keep_evaluation(split, str(result.checkpoint), result.cache_manifest_digest, data)
     except OSError as error:
         return result.model_copy(update={"not_kept": f"{error.filename or folder.path}: {error.strerror or error}"})
     return result

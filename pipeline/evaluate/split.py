@@ -43,7 +43,7 @@ Embedded = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class EvaluationSplit:
-    """The images of one split that have an embedding, with all their captions. Positions count from 0 within it.
+    """The images of one split that have an embedding, with their captions. Positions count from 0 within it.
 
     Attributes:
         reader: reader of the cache.
@@ -65,16 +65,22 @@ class EvaluationSplit:
 
     @classmethod
     def of(
-        cls, reader: EmbeddingReader, name: str, image_root: str | None = None, accepted: tuple[str, ...] = ()
+        cls,
+        reader: EmbeddingReader,
+        name: str,
+        image_root: str | None = None,
+        accepted: tuple[str, ...] = (),
+        caption_kind: str | None = None,
     ) -> EvaluationSplit:
         """Return a split of an open cache.
 
         Args:
             image_root: base of relative uris. Default: that of the cache.
             accepted: accepted mismatches.
+            caption_kind: kind of the captions. Default: all captions.
 
         Raises:
-            UsageError: the split is unknown, has no embedding or has images without captions.
+            UsageError: the split or kind is unknown, or the split has no embedding or has images without captions.
         """
         rows = reader.image_rows(name)
         if not len(rows):
@@ -83,8 +89,9 @@ class EvaluationSplit:
             rows,
             "Recall cannot be measured without: name a --cache of images with captions, or measure classes by "
             "teacher-cache zero-shot.",
+            () if caption_kind is None else (caption_kind,),
         )
-        caption_rows, text_image = reader.caption_rows(rows)
+        caption_rows, text_image = reader.caption_rows(rows, caption_kind)
         root = image_root or reader.manifest.source.image_root
         return cls(reader, name, rows, caption_rows, text_image, root, accepted)
 
@@ -194,7 +201,8 @@ def open_split(config: EvaluateConfig) -> EvaluationSplit:
         if config.cache is None:
             raise UsageError("nothing to evaluate: give --cache, --run or both")
         reader = EmbeddingReader(config.cache)
-        return EvaluationSplit.of(reader, _chosen(config.split, reader), config.image_root)
+        split = _chosen(config.split, reader)
+        return EvaluationSplit.of(reader, split, config.image_root, caption_kind=config.caption_kind)
     reader = EmbeddingReader(config.cache or record.config.cache)
     way_out = (
         f"{config.run} was trained on {record.config.cache}: measure on a cache of the same teacher and preprocessing, "
@@ -206,7 +214,8 @@ def open_split(config: EvaluateConfig) -> EvaluationSplit:
     # another dataset's images are below its own root
     root = reader.manifest.source.image_root if accepted else record.image_root
     learned = record.config.split if reader.identity.dataset == record.identity.dataset else "train"
-    return EvaluationSplit.of(reader, _chosen(config.split, reader, learned), config.image_root or root, accepted)
+    split, root = _chosen(config.split, reader, learned), config.image_root or root
+    return EvaluationSplit.of(reader, split, root, accepted, config.caption_kind)
 
 
 def _chosen(split: str | None, reader: EmbeddingReader, learned: str = "train") -> str:

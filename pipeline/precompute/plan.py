@@ -27,6 +27,7 @@ from teacher_cache.storage.format.manifest import IMPORTED, CacheManifest, Sourc
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import (
     CAPTIONS,
+    KIND,
     PROBLEMS,
     SAMPLES,
     captions_sha256,
@@ -428,6 +429,8 @@ def dataset_tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table
     samples = dataset.samples
     counts = [len(sample.captions) for sample in samples]
     texts = [caption for sample in samples for caption in sample.captions]
+    kinds = [kind for sample in samples for kind in sample.kinds]
+    captions = {"row": np.arange(len(texts)), "image_row": np.repeat(np.arange(len(samples)), counts), "text": texts}
     return {
         SAMPLES: pa.table(
             {
@@ -440,9 +443,7 @@ def dataset_tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table
                 "split": [sample.split for sample in samples],
             }
         ),
-        CAPTIONS: pa.table(
-            {"row": np.arange(len(texts)), "image_row": np.repeat(np.arange(len(samples)), counts), "text": texts}
-        ),
+        CAPTIONS: pa.table(captions | ({KIND: kinds} if kinds else {})),
         PROBLEMS: pa.table(
             {
                 "kind": pa.array([problem.kind for problem in dataset.problems], pa.string()),
@@ -464,6 +465,7 @@ def dataset_identity(spec: DatasetSpec, tables: dict[str, pa.Table]) -> DatasetI
         splits=dict(Counter(samples["split"].to_pylist())),
         samples_sha256=samples_sha256(samples),
         captions_sha256=captions_sha256(captions),
+        caption_kinds=dict(Counter(captions[KIND].to_pylist())) if KIND in captions.column_names else None,
     )
 
 

@@ -188,7 +188,7 @@ class DatasetChanges:
         for ids, what in ((self.removed, "missing"), (self.changed, "with other bytes")):
             if ids:
                 parts.append(f"{counted(len(ids), 'image')} {what}, the first: {ids[0]}")
-        return "; ".join(parts) or "other captions or splits, or the same ones in another order"
+        return "; ".join(parts) or "other captions or splits, or the same ones in another order or of other kinds"
 
 
 def dataset_changes(files: CacheFiles, have: CacheManifest, tables: Mapping[str, pa.Table]) -> DatasetChanges:

@@ -32,6 +32,7 @@ class EvaluateConfig(CachesConfig):
     run: str | None = Field(None, description="Folder of a training run. Default: measure only the teacher.")
     checkpoint: Checkpoint = "last"
     split: MeasuredSplit = None
+    caption_kind: str | None = Field(None, description="Kind of the captions to measure on. Default: all captions.")
     accept_mismatch: AcceptMismatch = ()
     image_root: ImageRoot = None
     ranks: str | None = Field(

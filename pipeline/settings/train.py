@@ -94,6 +94,11 @@ class TrainConfig(CachesConfig):
         description="Number of captions per image in a step. The losses are averaged over them. 0: images alone, with "
         f"{_FOR_IMAGES}; the text tower keeps its weights. Default: 1, or 0 if no image has a caption.",
     )
+    caption_kinds: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Weight of each kind of captions, for example real and synthetic: an image draws a kind among "
+        "those that it has, then captions of this kind. Default: all captions alike.",
+    )
     teacher_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (),
         description="Weight of each teacher's losses, in the order of the caches; the losses are averaged by them. "
@@ -235,6 +240,8 @@ class TrainConfig(CachesConfig):
             )
         if self.select_split == self.split:
             raise ValueError(f"select_split {self.select_split!r} is the split to train on; name one it never sees")
+        if self.caption_kinds and not self.captions_per_image:
+            raise ValueError("caption_kinds draws captions, and captions_per_image is 0: leave one of them out")
         if self.captions_per_image == 0:
             self._check_images_alone()
         pairs = self.batch_size * self.captions_per_image

@@ -236,6 +236,7 @@ class _Trainer:
             config.seed,
             views_used(cache.reader, config.views),
             config.captions_per_image,
+            config.caption_kinds,
         )
         targets: TargetSource = JoinedTeachers(teachers, cache.others) if cache.others else teachers[0]
         self._loader = BatchLoader(order, inputs, targets, fabric.global_rank, fabric.world_size)

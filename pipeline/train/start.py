@@ -78,7 +78,7 @@ def fit_to_captions(config: TrainConfig) -> TrainConfig:
         UsageError: the losses that are set, or all of the recipe's, need captions.
         CacheError: the cache's manifest cannot be used.
     """
-    if not config.captions_per_image or named_manifest(config.cache).identity.dataset.captions:
+    if not config.captions_per_image or config.caption_kinds or named_manifest(config.cache).identity.dataset.captions:
         return config
     # not what is set by default: a split that nobody named is the only one of the cache
     settings = config.model_dump(exclude_unset=True) | {"captions_per_image": 0}
@@ -144,7 +144,8 @@ class TrainingCache:
         if begun is not None:
             _require_same_list(run, excluded, begun.excluded)
         if config.captions_per_image:
-            reader.require_captions(rows, IMAGES_ALONE)
+            way_out = "Give caption_kinds another kind too." if config.caption_kinds else IMAGES_ALONE
+            reader.require_captions(rows, way_out, [*config.caption_kinds])
         if config.select_split is not None and not len(reader.image_rows(config.select_split)):
             raise UsageError(f"{config.cache}: no image of select_split {config.select_split!r} has an embedding")
         used = views_used(reader, config.views)

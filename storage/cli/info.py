@@ -121,6 +121,7 @@ def _info_table(cache_info: CacheInfo) -> Facts:
     state = f"not complete. {cache_info.unfinished}" if cache_info.unfinished else "complete"
     splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in identity.dataset.splits.items())
     teacher, compressed = identity.teacher, layout.compressor is not None
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted((identity.dataset.caption_kinds or {}).items()))
     unpacked = " before compression" if compressed and cache_info.seal is None else ""
     rows = {
         "parts": f"{cache_info.parts} caches, read as one" if cache_info.parts > 1 else "",
@@ -132,6 +133,7 @@ def _info_table(cache_info: CacheInfo) -> Facts:
         "dataset": cache_info.dataset,
         "read from": "" if cache_info.dataset.endswith(f":{cache_info.image_root}") else cache_info.image_root,
         "rows": f"{layout.image_rows:,} images, {layout.text_rows:,} captions ({splits})",
+        "captions of": kinds,
         "embeddings": f"{layout.embed_dim} wide, {identity.targets.dtype}{', compressed' * compressed}",
         "views": _views(identity.views),
         "seal": f"commits {cache_info.seal.commits_sha256[:12]}" if cache_info.seal else "",

@@ -143,6 +143,7 @@ def _distributions(result: CacheStats) -> Table:
         ("norm of images", result.image.norm),
         ("norm of captions", result.text.norm),
         ("cosine of true pairs", result.true_pairs),
+        *((f"  of {kind} captions", values) for kind, values in result.true_pairs_of.items()),
         ("cosine of random pairs", result.random_pairs),
         ("cosine of two images", result.image.cosine),
         ("cosine of two captions", result.text.cosine),
@@ -155,6 +156,7 @@ def _distributions(result: CacheStats) -> Table:
 def _facts(result: CacheStats) -> dict[str, str]:
     facts = {
         "true above random": "" if result.separation is None else f"{100 * result.separation:.2f} % of pairs",
+        "captions read": ", ".join(f"{kind} {values.count:,}" for kind, values in result.true_pairs_of.items()),
         "effective rank": ", ".join(
             f"{name} {tower.effective_rank:.1f}"
             for name, tower in (("images", result.image), ("captions", result.text))

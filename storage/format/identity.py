@@ -135,7 +135,10 @@ class DatasetIdentity(Record):
     captions: int = Field(ge=0, description="Rows of the text tower.")
     splits: dict[str, int] = Field(description="Images by split.")
     samples_sha256: str = Field(description="Over sample_id, split and content digest of each image, in row order.")
-    captions_sha256: str = Field(description="Over image row and text of each caption, in row order.")
+    captions_sha256: str = Field(description="Over image row, text and any kind of each caption, in row order.")
+    caption_kinds: dict[str, int] | None = Field(
+        None, description="Captions by kind; absent where the dataset names no kinds."
+    )
 
 
 NAMES_ONLY = (("teacher", "name"), ("teacher", "pretrained"), ("dataset", "kind"))

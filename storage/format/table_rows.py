@@ -19,11 +19,11 @@ from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.format.tables import (
     FILES_AT_ONCE,
     ROWS_PER_GROUP,
-    SCHEMAS,
     named_errors,
     open_static,
     parquet_file,
     table_keys,
+    table_schema,
 )
 
 HELD_ROWS = 2 * ROWS_PER_GROUP
@@ -69,7 +69,8 @@ class TableRows:
         columns: Sequence[str] | None = None,
     ) -> None:
         self._files, self._manifest, self._name, self._most_open = files, manifest, name, open_files
-        self._columns = list(SCHEMAS[name].names if columns is None else columns)
+        self._schema = table_schema(name, manifest.identity.dataset.caption_kinds is not None)
+        self._columns = list(self._schema.names if columns is None else columns)
         self._keys = table_keys(manifest, name)
         self._starts = np.cumsum([0, *(manifest.files[key].rows or 0 for key in self._keys)])
         self._parts: OrderedDict[int, _Part] = OrderedDict()
@@ -150,7 +151,7 @@ class TableRows:
         return f"{self._files.location}/{self._name}"
 
     def _joined(self, pieces: list[pa.Table]) -> pa.Table:
-        return pa.concat_tables(pieces) if pieces else SCHEMAS[self._name].empty_table().select(self._columns)
+        return pa.concat_tables(pieces) if pieces else self._schema.empty_table().select(self._columns)
 
     def _groups_of(self, number: int, rows: range) -> list[tuple[int, int, int]]:
         """Return the row groups of a file that hold some of the rows: number, first row, and one past the last."""

@@ -40,6 +40,8 @@ SCHEMAS: dict[str, pa.Schema] = {
         [("kind", pa.string()), ("where", pa.string()), ("detail", pa.string()), ("lost_image", pa.bool_())]
     ),
 }
+KIND = "kind"
+"""Last column of the captions of a dataset that names kinds of them; other caches do not have it."""
 _ROWS_PER_FILE = 1_000_000
 FILES_AT_ONCE = 4
 """Files of a table that are requested from a store at once; each is in memory while it is proven."""
@@ -58,7 +60,7 @@ def table_files(name: str, table: pa.Table, one_group: bool = False) -> dict[str
     Args:
         one_group: write one row group per file, as earlier versions did.
     """
-    table = table.cast(SCHEMAS[name])
+    table = table.cast(table_schema(name, KIND in table.column_names))
     files, group = {}, _ROWS_PER_FILE if one_group else ROWS_PER_GROUP
     for number, start in enumerate(range(0, max(table.num_rows, 1), _ROWS_PER_FILE)):
         sink = io.BytesIO()
@@ -66,6 +68,15 @@ def table_files(name: str, table: pa.Table, one_group: bool = False) -> dict[str
         pq.write_table(part, sink, row_group_size=group, compression="zstd")
         files[f"{name}/{number:06d}.parquet"] = (sink.getvalue(), part.num_rows)
     return files
+
+
+def table_schema(name: str, caption_kinds: bool) -> pa.Schema:
+    """Return the columns of a table.
+
+    Args:
+        caption_kinds: whether the captions of the cache have kinds.
+    """
+    return SCHEMAS[name].append(pa.field(KIND, pa.string())) if name == CAPTIONS and caption_kinds else SCHEMAS[name]
 
 
 def read_table(files: CacheFiles, manifest: CacheManifest, name: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -96,8 +107,8 @@ def samples_sha256(samples: pa.Table) -> str:
 
 
 def captions_sha256(captions: pa.Table) -> str:
-    """Return ``DatasetIdentity.captions_sha256``: over image row and text of each caption, in row order."""
-    return _digest_rows(captions.select(["image_row", "text"]))
+    """Return ``DatasetIdentity.captions_sha256``: over image row, text and any kind of each caption, in row order."""
+    return _digest_rows(captions.select(["image_row", "text", *([KIND] if KIND in captions.column_names else [])]))
 
 
 def chunk_rows_sha256(rows: pa.Table, tower: Literal["image", "text"]) -> str:

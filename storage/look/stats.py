@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from teacher_cache.storage.format.tables import SAMPLES
+from teacher_cache.storage.format.tables import CAPTIONS, KIND, SAMPLES
 from teacher_cache.storage.look.nearest import near_pairs, unit_rows
 from teacher_cache.storage.look.sampling import Progress, draw_rows, require_view, stage, stored_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -108,6 +109,7 @@ class CacheStats(BaseModel, frozen=True):
         "captions of labelled images are prompts of all classes."
     )
     true_pairs: Distribution | None = Field(description="Cosines of each caption with its own image.")
+    true_pairs_of: dict[str, Distribution] = Field({}, description="The same, by kind of the captions.")
     random_pairs: Distribution | None = Field(description="Cosines of each caption with a random other image.")
     separation: float | None = Field(
         description="Probability that a true pair has a greater cosine than a random one (area under the ROC curve)."
@@ -291,6 +293,7 @@ def stats_of(drawn: DrawnRows, near: float = 0.99, progress: Progress | None = N
         text=text.model_copy(update={"cosine": Distribution.of(text_cosines, image_cosines)}),
         without_caption=drawn.without_caption,
         true_pairs=Distribution.of(true, other),
+        true_pairs_of=_by_kind(reader, rows.caption_rows, true, other),
         random_pairs=Distribution.of(other, true),
         separation=_separation(true, other),
         near_cosine=near,
@@ -298,6 +301,15 @@ def stats_of(drawn: DrawnRows, near: float = 0.99, progress: Progress | None = N
         near_pairs=pairs,
         nearest_pairs=_named(reader, rows.image_rows, nearest_pairs, cosines),
     )
+
+
+def _by_kind(reader: EmbeddingReader, caption_rows: _Rows, true: _Floats, other: _Floats) -> dict[str, Distribution]:
+    """Return the distribution of the cosines of each kind of captions, if there are kinds and cosines."""
+    if not reader.caption_kinds or not len(true):
+        return {}
+    kinds = reader.table_rows(CAPTIONS, caption_rows)[KIND]
+    parts = {kind: Distribution.of(true[pc.equal(kinds, kind).to_numpy()], other) for kind in reader.caption_kinds}
+    return {kind: values for kind, values in parts.items() if values is not None}
 
 
 def effective_rank(rows: NDArray[np.floating]) -> float | None:

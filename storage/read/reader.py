@@ -24,7 +24,7 @@ from teacher_cache.storage.format.commits import (
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.table_rows import TableRows
-from teacher_cache.storage.format.tables import CAPTIONS, PROBLEMS, ROWS_PER_GROUP, SAMPLES, read_table
+from teacher_cache.storage.format.tables import CAPTIONS, KIND, PROBLEMS, ROWS_PER_GROUP, SAMPLES, read_table
 from teacher_cache.storage.read.caption_index import CaptionIndex
 from teacher_cache.storage.read.chunks import ChunkSource
 from teacher_cache.storage.read.content_index import ContentIndex, ContentRows
@@ -35,6 +35,7 @@ from teacher_cache.storage.read.several.parts import Parts, open_parts
 from teacher_cache.storage.read.stream import Batch, Prove, stream_rows
 
 _DEFAULT_MEMORY_BYTES = 2 << 30
+_NO_ENTRY = -(1 << 62)  # a caption of a kind that the manifest does not name: refused as unsorted
 
 
 class EmbeddingReader:
@@ -125,7 +126,7 @@ class EmbeddingReader:
 
     @cached_property
     def captions(self) -> pa.Table:
-        """Table of one row per caption, grouped by image - row, image_row, text."""
+        """Table of one row per caption, grouped by image - row, image_row, text, and kind where captions have kinds."""
         return self._table(CAPTIONS)
 
     @cached_property
@@ -178,6 +179,43 @@ class EmbeddingReader:
         """Index from images to their captions, at most one byte per image."""
         owners = (part.to_numpy() for part in self.column(CAPTIONS, "image_row"))
         return CaptionIndex(self.manifest.layout.image_rows, owners, f"{self.location}/{CAPTIONS}")
+
+    @property
+    def caption_kinds(self) -> tuple[str, ...]:
+        """Kinds of the captions, sorted; none where the dataset names no kinds."""
+        return tuple(sorted(self.identity.dataset.caption_kinds or ()))
+
+    @cached_property
+    def kind_index(self) -> CaptionIndex:
+        """Index from images and kinds to captions, at most one byte per image and kind.
+
+        With K kinds, the captions of image ``i`` and kind number ``k`` of :attr:`caption_kinds` have entry K * i + k.
+        """
+        kinds = pa.array(self.caption_kinds, pa.string())
+        columns = zip(self.column(CAPTIONS, "image_row"), self.column(CAPTIONS, KIND), strict=True)
+        owners = (
+            images.to_numpy() * len(kinds)
+            + pc.fill_null(pc.index_in(part, value_set=kinds).cast(pa.int64()), _NO_ENTRY).to_numpy()
+            for images, part in columns
+        )
+        return CaptionIndex(len(self) * len(kinds), owners, f"{self.location}/{CAPTIONS}, {len(kinds)} kinds an image")
+
+    def kind_entries(self, image_rows: NDArray[np.int64], kinds: Sequence[str]) -> NDArray[np.int64]:
+        """Return the entries of images and kinds in :attr:`kind_index`, (images, kinds) int64.
+
+        Raises:
+            UsageError: The captions have no such kind; the message lists the kinds.
+        """
+        if unknown := [kind for kind in kinds if kind not in self.caption_kinds]:
+            known = f"there are {', '.join(self.caption_kinds)}"
+            if not self.caption_kinds:
+                known = (
+                    "its dataset names no kinds. A dataset with ?caption=KIND:PLACE,... makes a cache that has them, "
+                    f"and all rows are copied: precompute --reuse {self.location} --cache NEW"
+                )
+            raise UsageError(f"{self.location}: no caption is of kind {unknown[0]!r}; {known}")
+        numbers = np.array([self.caption_kinds.index(kind) for kind in kinds], np.int64)
+        return image_rows[:, None] * len(self.caption_kinds) + numbers
 
     @cached_property
     def quarantined(self) -> tuple[QuarantinedRow, ...]:
@@ -266,20 +304,42 @@ class EmbeddingReader:
     def _content_index(self) -> ContentIndex:
         return ContentIndex(self.column, self.location)
 
-    def caption_rows(self, image_rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return all caption rows of images, in their order, and the position of each caption's image."""
-        return self.caption_index.captions_of(image_rows)
+    def caption_rows(
+        self, image_rows: NDArray[np.int64], kind: str | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the caption rows of images, in their order, and the position of each caption's image.
 
-    def require_captions(self, image_rows: NDArray[np.int64] | RowSet, way_out: str) -> None:
+        Args:
+            kind: Kind of the captions. Default: all captions.
+
+        Raises:
+            UsageError: As :meth:`kind_entries`.
+        """
+        if kind is None:
+            return self.caption_index.captions_of(image_rows)
+        return self.kind_index.captions_of(self.kind_entries(image_rows, [kind])[:, 0])
+
+    def require_captions(self, image_rows: NDArray[np.int64] | RowSet, way_out: str, kinds: Sequence[str] = ()) -> None:
         """Check that every image has a caption.
 
         Args:
             way_out: advice for the error, unless the captions are prompts of classes.
+            kinds: kinds of captions, of which each image must have one. Default: any caption.
 
         Raises:
-            UsageError: Images have no caption; the message says how many.
+            UsageError: Images have no caption, the message says how many; or there is no such kind.
         """
-        bare = sum(int((self.caption_index.counts(part) == 0).sum()) for part in RowSet.of(image_rows).parts())
+        bare = 0
+        for part in RowSet.of(image_rows).parts():
+            entries = self.kind_entries(part, kinds) if kinds else part
+            index = self.kind_index if kinds else self.caption_index
+            counts = index.counts(entries.ravel()).reshape(len(part), -1)
+            bare += int((counts.sum(axis=1) == 0).sum())
+        if bare and kinds:
+            raise UsageError(
+                f"{self.location}: {bare:,} of {len(image_rows):,} images have no caption of kind "
+                f"{' or '.join(kinds)}; the kinds are {', '.join(self.caption_kinds)}. {way_out}"
+            )
         if bare:
             if self.identity.dataset.kind == "labelled":
                 way_out = (

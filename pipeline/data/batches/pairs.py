@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,11 +39,65 @@ class Pairs:
         return Pairs(self.image_rows[span], self.caption_rows[span], self.views[span])
 
 
+class CaptionDraw:
+    """Captions of images, from one random number for each image.
+
+    The first caption is drawn at random, the others follow it cyclically, so an image with too few captions repeats
+    some. With kinds, an image first draws the kind, among those that it has, and then captions of this kind.
+
+    Args:
+        captions_per_image: number of captions to draw; may be 0.
+        kinds: weight of each kind. Default: all captions alike, whatever their kind.
+
+    Raises:
+        UsageError: the cache has no such kind; the message lists the kinds.
+    """
+
+    def __init__(
+        self, reader: EmbeddingReader, captions_per_image: int = 1, kinds: Mapping[str, float] | None = None
+    ) -> None:
+        self._reader, self._captions = reader, np.arange(captions_per_image)
+        self._kinds = sorted(kinds or ())
+        self._weights = np.array([kinds[kind] for kind in self._kinds] if kinds else [], np.float64)
+        reader.kind_entries(np.empty(0, np.int64), self._kinds)
+
+    def rows(self, image_rows: NDArray[np.int64], draws: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+        """Return caption rows, (images, captions) int64.
+
+        Args:
+            draws: (images,) numbers of [0, 1).
+        """
+        if self._kinds:
+            starts, counts, draws = self._of_a_kind(image_rows, draws)
+        else:
+            index = self._reader.caption_index
+            starts, counts = index.starts(image_rows), index.counts(image_rows)
+        drawn = (draws * counts).astype(np.int64)[:, None] + self._captions
+        return starts[:, None] + drawn % np.maximum(counts, 1)[:, None]
+
+    def _of_a_kind(
+        self, image_rows: NDArray[np.int64], draws: NDArray[np.floating[Any]]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """Return first row and number of the captions of the kind that each image draws, and what is left of the draw.
+
+        Where a number falls among the kinds' shares decides the kind; where it falls in this share, the caption.
+        """
+        index, entries = self._reader.kind_index, self._reader.kind_entries(image_rows, self._kinds)
+        counts = index.counts(entries.ravel()).reshape(entries.shape)
+        ends = np.cumsum(self._weights * (counts > 0), axis=1)
+        if not ends[:, -1].all():
+            self._reader.require_captions(image_rows, "Draw from another kind too.", self._kinds)
+        at = np.minimum(draws * ends[:, -1], np.nextafter(ends[:, -1], 0))  # the product may be rounded up to the end
+        kind = (at[:, None] >= ends).sum(axis=1)
+        image = np.arange(len(image_rows))
+        rest = 1 - (ends[image, kind] - at) / self._weights[kind]
+        return index.starts(entries[image, kind]), counts[image, kind], np.clip(rest, 0, np.nextafter(1, 0))
+
+
 class PairOrder:
     """Batches of each epoch, a pure function of the arguments, the epoch and the step.
 
-    Each image comes once per epoch. Its first caption is drawn at random; the others follow cyclically, so an image
-    with too few captions repeats some.
+    Each image comes once per epoch, with captions as :class:`CaptionDraw` draws them.
 
     An image goes through all its views before one repeats: it starts at a view drawn by the seed and takes the next one
     in the next epoch. With one view it is always the evaluation crop.
@@ -50,6 +105,7 @@ class PairOrder:
     Args:
         image_rows: rows to train on.
         views: number of the cache's views to use, from the first. Default: all.
+        captions_per_image, caption_kinds: as for :class:`CaptionDraw`.
     """
 
     def __init__(
@@ -61,10 +117,11 @@ class PairOrder:
         seed: int = 0,
         views: int | None = None,
         captions_per_image: int = 1,
+        caption_kinds: Mapping[str, float] | None = None,
     ) -> None:
         self._reader, self._rows, self._seed = reader, image_rows, seed
         self._batch_size, self._window_chunks = batch_size, window_chunks
-        self._views, self._captions = views or reader.views, np.arange(captions_per_image)
+        self._views, self._captions = views or reader.views, CaptionDraw(reader, captions_per_image, caption_kinds)
 
     def epoch(self, number: int, start_step: int = 0) -> Iterator[Pairs]:
         """Yield the batches of an epoch.
@@ -73,7 +130,7 @@ class PairOrder:
             number: the epoch, from 0.
             start_step: first batch to yield, for a run that resumes within an epoch.
         """
-        index, views = self._reader.caption_index, self._views
+        views = self._views
         chunk_rows = self._reader.manifest.layout.image_chunk_rows
         # one draw per row of the cache, so that a row's caption does not depend on the other rows
         draws = RowDraws(self._seed, number, _CAPTION_STREAM, chunk_rows, 2 * self._window_chunks)
@@ -83,9 +140,7 @@ class PairOrder:
         for step, rows in enumerate(batches(order, self._batch_size)):
             if step < start_step:
                 continue
-            counts = index.counts(rows)
-            drawn = (draws.of(rows) * counts).astype(np.int64)[:, None] + self._captions
-            captions = index.starts(rows)[:, None] + drawn % counts[:, None]
+            captions = self._captions.rows(rows, draws.of(rows))
             first = np.zeros_like(rows) if first_views is None else (first_views.of(rows) * views).astype(np.int64)
             yield Pairs(rows, captions, (first + number) % views)
 

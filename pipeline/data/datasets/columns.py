@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from teacher_cache.pipeline.data.datasets.files import IMAGE_ENDINGS
+from teacher_cache.pipeline.data.datasets.records import kinds_and_places
 from teacher_cache.pipeline.settings.names import did_you_mean
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import hint
@@ -60,16 +61,18 @@ def find_columns(root: str, header: Sequence[str], options: Mapping[str, str | N
     """Return the position of each role's column.
 
     Args:
-        options: column by role. None: the first of :data:`COLUMNS`; an empty text: no column.
+        options: column by role. None: the first of :data:`COLUMNS`; an empty text: no column. A role that is not in
+            :data:`COLUMNS` is read if it has a column here.
 
     Raises:
         UsageError: a required column is missing, or there is none of the name in the options.
     """
+    options = _with_kinds(root, header, options)
     columns: dict[str, int] = {}
     lowered = [column.strip().lower() for column in header]
     shown = printable(", ".join(header)) or "none"
-    for role, names in COLUMNS.items():
-        option = options.get(role)
+    for role in dict.fromkeys((*COLUMNS, *options)):
+        names, option = COLUMNS.get(role, ()), options.get(role)
         if option:
             if option not in header:
                 hint = did_you_mean(option, header)
@@ -89,6 +92,15 @@ def find_columns(root: str, header: Sequence[str], options: Mapping[str, str | N
         named = ", ".join(f"{role}={header[index]}" for role, index in columns.items())
         _say_unread(root, f"{root}: read {printable(named)}; not read: {printable(', '.join(unread[:8]))}")
     return columns
+
+
+def _with_kinds(root: str, header: Sequence[str], options: Mapping[str, str | None]) -> Mapping[str, str | None]:
+    """Return the options with a role ``caption:KIND`` for each kind of ``?caption=KIND:COLUMN,KIND:COLUMN``."""
+    caption = options.get("caption") or ""
+    places = {} if caption in header else kinds_and_places(caption)
+    if places and options.get("kind"):
+        raise UsageError(f"{root}: kind= and caption= both name kinds of captions; leave one out")
+    return {**options, "caption": "", **{f"caption:{kind}": places[kind] for kind in places}} if places else options
 
 
 @lru_cache(maxsize=1)

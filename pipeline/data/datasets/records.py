@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
+from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import CONTROL, MAX_NAME_CHARACTERS, NOT_TEXT, printable, redact
 
 # A teacher reads about 77 tokens, 300 characters. Byte-pair encoding is quadratic in the length of a word: 4 s for a
 # word of this length, half an hour for 500,000.
 MAX_CAPTION_CHARACTERS = 16_384
+
+_KIND = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 ProblemKind = Literal[
     "missing-file",  # listed by the dataset, not on disk
@@ -36,6 +40,7 @@ class Sample:
         offset: first byte of the image inside ``uri`` (a member of a tar), -1 for the whole file.
         length: number of bytes from ``offset``, -1 for the whole file.
         sha256: digest of the image's bytes, if they were read while listing.
+        kinds: kind of each caption, sorted, if the dataset names kinds; else empty.
     """
 
     sample_id: str
@@ -45,6 +50,7 @@ class Sample:
     offset: int = -1
     length: int = -1
     sha256: str = ""
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,34 @@ def clean_captions(sample_id: str, captions: Iterable[str]) -> tuple[tuple[str, 
     return tuple(texts), problems
 
 
+def require_kind_of_captions(kind: str) -> str:
+    """Return a kind of captions if it is a word.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not _KIND.fullmatch(kind):
+        raise UsageError(
+            f"{printable(kind)!r} is no kind of captions: it is a word of letters, digits, - and _ such as real"
+        )
+    return kind
+
+
+def kinds_and_places(option: str) -> dict[str, str]:
+    """Return the places of captions by kind that an option names, ``real:alt,synthetic:blip``; {} if it names none.
+
+    Raises:
+        UsageError: only some of the places have a kind, or two have the same.
+    """
+    pairs = [part.partition(":") for part in option.split(",")]
+    if not any(colon for _, colon, _ in pairs):
+        return {}
+    places = {require_kind_of_captions(kind): place for kind, colon, place in pairs if colon and place}
+    if len(places) < len(pairs):
+        raise UsageError(f"captions {printable(option)!r}: write each kind once, as KIND:PLACE,KIND:PLACE")
+    return places
+
+
 def _caption_problem(number: int, text: str, replaced: int) -> tuple[ProblemKind | None, str]:
     if not text:
         return "empty-caption", f"caption {number} is empty"
@@ -155,7 +189,7 @@ def sample_or_problem(
     sample_id: str,
     uri: str,
     split: str,
-    captions: Iterable[str] | None,
+    captions: Iterable[str] | Mapping[str, Iterable[str]] | None,
     offset: int = -1,
     length: int = -1,
     sha256: str = "",
@@ -163,7 +197,7 @@ def sample_or_problem(
     """Yield the sample with its clean captions, or a problem: no caption, or a name that no cache can hold.
 
     Args:
-        captions: None: the image is meant to have none.
+        captions: texts, or texts by kind. None: the image is meant to have none.
     """
     for what, text in (("sample_id", sample_id), ("path", uri), ("split", split)):
         unfit = _unfit_name(text)
@@ -171,9 +205,13 @@ def sample_or_problem(
             detail = f"the {what} {printable(text)!r} holds {unfit}"
             yield Problem("bad-record", sample_id, detail, lost_image=True)
             return
-    texts, problems = clean_captions(sample_id, captions or ())
+    by_kind = captions if isinstance(captions, Mapping) else {"": captions or ()}
+    cleaned = {kind: clean_captions(sample_id, by_kind[kind]) for kind in sorted(by_kind)}
+    problems = [problem for _, of_kind in cleaned.values() for problem in of_kind]
     yield from problems
-    sample = Sample(sample_id, uri, split, texts, offset, length, sha256)
+    texts = tuple(text for own, _ in cleaned.values() for text in own)
+    kinds = tuple(kind for kind, (own, _) in cleaned.items() for _ in own if kind)
+    sample = Sample(sample_id, uri, split, texts, offset, length, sha256, kinds)
     if texts or captions is None:
         yield sample
     else:

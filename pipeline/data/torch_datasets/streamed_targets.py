@@ -100,7 +100,12 @@ class StreamedTargets(IterableDataset[dict[str, Tensor]]):
         self._step = start
         reader, worker = self.targets.cache, get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
-        drawn = {"views": self.targets.views, "captions_per_image": self.targets.captions, **self._drawn}
+        drawn: dict[str, Any] = {
+            "views": self.targets.views,
+            "captions_per_image": self.targets.captions,
+            **self._drawn,
+        }
+        drawn["caption_kinds"] = self.targets.caption_kinds
         order = enumerate(PairOrder(reader, self._rows, **drawn).epoch(self.epoch, start), start)
         mine = ((step, pairs.part(self.rank, self.ranks)) for step, pairs in order if step % turns == turn)
         steps, taught = tee(mine)
@@ -131,5 +136,6 @@ class StreamedTargets(IterableDataset[dict[str, Tensor]]):
 
     @property
     def _order(self) -> dict[str, Any]:
-        drawn = {**self._drawn, "captions": self.targets.captions, "views": self.targets.views}
+        drawn: dict[str, Any] = {**self._drawn, "captions": self.targets.captions, "views": self.targets.views}
+        drawn["caption_kinds"] = self.targets.caption_kinds or None  # None: as in states of earlier versions
         return {"cache": self.targets.cache.manifest.digest, "images": len(self._rows), **drawn}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from multiprocessing.context import get_spawning_popen
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from teacher_cache.pipeline.data.batches.cached_samples import CachedSamples
-from teacher_cache.pipeline.data.batches.pairs import Pairs, stored_crops, views_used
+from teacher_cache.pipeline.data.batches.pairs import CaptionDraw, Pairs, stored_crops, views_used
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
@@ -72,6 +72,8 @@ class TargetDataset(Dataset[dict[str, Tensor]]):
             and caption of entry ``i``. Default: the rows of the split that have an embedding, ascending.
         dtype: Dtype of the targets.
         captions: Captions per item; the first is drawn, the next ones follow it. 0 leaves captions out.
+        caption_kinds: Weight of each kind of captions, ``{"real": 0.7, "synthetic": 0.3}``: an image draws a kind among
+            those that it has, then captions of this kind. Default: all captions alike.
         views: Views to draw from, from the first. 1 is the evaluation crop: resize, then cut the centre. A random crop
             of your own shows another picture than the target: with views, use the boxes or :meth:`with_images`.
         resident: Hold all embeddings in memory (2 bytes per number), for orders at random. If false, chunks are read
@@ -94,6 +96,7 @@ class TargetDataset(Dataset[dict[str, Tensor]]):
         *,
         dtype: Literal["float16", "float32"] = "float16",
         captions: int = 1,
+        caption_kinds: Mapping[str, float] | None = None,
         views: int = 1,
         resident: bool = True,
     ) -> None:
@@ -106,8 +109,10 @@ class TargetDataset(Dataset[dict[str, Tensor]]):
         self.views, self.resident = views_used(reader, views), resident
         self.rows, self.caption_rows = _chosen(reader, split, rows)
         self.captions = captions if self.caption_rows is None else 1
+        self.caption_kinds = dict(caption_kinds or {})
         if captions and self.caption_rows is None:
-            reader.require_captions(np.unique(self.rows), "To learn from the images alone set captions=0.")
+            way_out = "Name another kind too" if caption_kinds else "To learn from the images alone set captions=0"
+            reader.require_captions(np.unique(self.rows), f"{way_out}.", [*self.caption_kinds])
         self._tokenizer: Callable[[list[str]], Any] | None = None
         self._images: StudentImages | None = None
         self._resident: dict[tuple[Tower, str], ResidentRows] = {}
@@ -218,10 +223,8 @@ class TargetDataset(Dataset[dict[str, Tensor]]):
         views = (torch.rand(len(rows)).numpy() * self.views).astype(np.int64)
         if captions is not None:
             return Pairs(rows, captions[:, None], views)
-        index = self.cache.caption_index
-        counts = index.counts(rows)
-        drawn = (torch.rand(len(rows)).numpy() * counts).astype(np.int64)[:, None] + np.arange(self.captions)
-        return Pairs(rows, index.starts(rows)[:, None] + drawn % np.maximum(counts, 1)[:, None], views)
+        draw = CaptionDraw(self.cache, self.captions, self.caption_kinds)
+        return Pairs(rows, draw.rows(rows, torch.rand(len(rows)).numpy()), views)
 
     def _shown(self, pairs: Pairs) -> dict[str, Tensor]:
         """Return pixels and tokens of some pairs, as far as they are asked for."""

@@ -35,6 +35,7 @@ def joined_manifest(parts: Mapping[str, CacheManifest]) -> CacheManifest:
         splits=_sums(dataset.splits for dataset in datasets),
         samples_sha256=digest_of([dataset.samples_sha256 for dataset in datasets]),
         captions_sha256=digest_of([dataset.captions_sha256 for dataset in datasets]),
+        caption_kinds=None if datasets[0].caption_kinds is None else _sums(one.caption_kinds or {} for one in datasets),
     )
     identity = first.identity.model_copy(update={"dataset": dataset})
     rows = {"image_rows": dataset.images, "text_rows": dataset.captions}
@@ -103,6 +104,12 @@ def _require_alike(first: str, other: str, parts: Mapping[str, CacheManifest]) -
         "alone, or encode one again",
         ("dataset",),
     )
+    with_kinds = [name for name in (first, other) if parts[name].identity.dataset.caption_kinds is not None]
+    if len(with_kinds) == 1:
+        raise CacheMismatchError(
+            f"{first} and {other}: only the captions of {with_kinds[0]} have kinds. To read them as one, name the "
+            "kinds in both datasets: precompute --reuse OLD --cache NEW copies the rows"
+        )
     form, other_form = (_form(parts[name].layout) for name in (first, other))
     for name, value in form.items():
         if value != other_form[name]:

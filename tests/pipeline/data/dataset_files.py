@@ -37,7 +37,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes | str]]) -> Path:
     return path
 
 
-def read(kind: str, root: Path | str, **options: str) -> tuple[list[Sample], list[Problem]]:
+def read(kind: str, root: Path | str, /, **options: str) -> tuple[list[Sample], list[Problem]]:
     """Samples and problems of one adapter, each in order."""
     samples: list[Sample] = []
     problems: list[Problem] = []

@@ -17,6 +17,9 @@ Parquet and Arrow may also hold the pictures themselves, and be a folder of such
 writes, see :mod:`teacher_cache.pipeline.data.datasets.columnar`. Then each row is an image of its own, unless a column
 of ids says otherwise; its ``sample_id`` is the id, else the path beside the picture, else file and row.
 
+Captions of several kinds stand in a column each, ``?caption=real:alt,synthetic:blip``, or have their kind in a column,
+``?kind=source``. Then an empty cell of a kind's column is no caption, and the captions of an image are sorted by kind.
+
 Columns are found by name, ignoring case. An option names another column, or ignores an optional one if empty
 (``?id=``).
 """
@@ -46,12 +49,18 @@ from teacher_cache.pipeline.data.datasets.files import (
     split_in_name,
     uri_below,
 )
-from teacher_cache.pipeline.data.datasets.records import Problem, Record, sample_or_problem
+from teacher_cache.pipeline.data.datasets.records import (
+    Problem,
+    Record,
+    require_kind_of_captions,
+    sample_or_problem,
+)
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import SPREADSHEET, TAR, kind_of
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import printable
 
+_MOST_KINDS = 16  # each takes a byte per image in a reader's memory
 _SEPARATED = {"\t": "a tab", ",": "a comma", ";": "a semicolon", "|": "a bar"}
 
 
@@ -62,7 +71,7 @@ class _Image:
     sample_id: str
     split: str
     place: Stored
-    captions: list[str] = field(default_factory=list)
+    captions: dict[str, list[str]] = field(default_factory=dict)  # by kind, or all under ""
 
 
 def read(
@@ -73,6 +82,7 @@ def read(
     split: str | None = None,
     id: str | None = None,
     encoding: str = "",
+    kind: str | None = None,
 ) -> Iterator[Record]:
     """Read the samples of one table.
 
@@ -80,16 +90,19 @@ def read(
         root: the table, a local file or a URL; or Parquet and Arrow files, by a folder or a pattern with ``*``. Other
             files are text with a header.
         path: column of paths, URLs or pictures.
-        caption: column of captions. Empty (``?caption=``): the images are to have none.
+        caption: column of captions, or ``KIND:COLUMN,KIND:COLUMN``. Empty (``?caption=``): the images are to have none.
         split: column of splits; an empty cell takes the image's split from another row. Without the column a split is
             ``""``, or the one that names a file or folder below ``root``.
         id: column of sample ids, the same in all rows of an image.
         encoding: encoding of a text, for example ``cp1252``. Default: UTF-8 without broken characters.
+        kind: column of the captions' kinds.
 
     Raises:
         UsageError: the table is missing or unreadable, has no such column, or holds text of another encoding.
     """
     options = {"path": path, "caption": caption, "split": split, "id": id}
+    options |= {"kind": kind} if kind else {}
+    kinds: set[str] = set()
     images: dict[str, _Image] = {}
     ids: set[str] = set()
     unusable: list[tuple[Row, str, str]] = []  # row, detail, path
@@ -109,12 +122,16 @@ def read(
         image = images.setdefault(key, _Image(sample_id, row_split, place))
         image.split = image.split or row_split
         ids.add(image.sample_id)
-        differs, own = _difference(image, sample_id, row_split), _captions(row.values.get("caption"))
+        differs, own = _difference(image, sample_id, row_split), _captions_by_kind(row.values)
         if differs:
             detail = f"{printable(key)} has {differs}; the caption of this row is left out"
-            yield Problem("bad-record", row.where, detail, lost_image=False, lost_captions=len(own))
-        else:
-            image.captions.extend(own)
+            yield Problem("bad-record", row.where, detail, lost_image=False, lost_captions=sum(map(len, own.values())))
+            continue
+        kinds.update(own)
+        if len(kinds) > _MOST_KINDS:
+            raise UsageError(f"{root}: more than {_MOST_KINDS} kinds of captions in the column {kind!r}; name another")
+        for its_kind, texts in own.items():
+            image.captions.setdefault(its_kind, []).extend(texts)
 
     # after the last row: the image of a bad row may have good rows too
     counted = {"", *images}
@@ -133,12 +150,23 @@ def _placed(row: Row) -> tuple[str, Stored, str]:
     if isinstance(picture, Stored):
         # one picture in several rows has one id; where nothing names it, its place does
         own_id = row.values.get("id")
-        return str(own_id) if own_id not in (None, "") else picture.address, picture, row.detail
+        key = str(own_id) if own_id not in (None, "") else picture.address
+        return key, picture, row.detail or _wrong_kind(row.values)
     uri = "" if picture is None else str(picture).strip()
     detail = row.detail or ("" if uri else "no path in it")
     if not detail and "://" not in uri and not Path(uri).is_absolute() and uri_below("", uri) is None:
         detail = f"{printable(uri)!r} leaves the folder of the table; write an absolute path"
-    return uri, Stored(uri), detail
+    return uri, Stored(uri), detail or _wrong_kind(row.values)
+
+
+def _wrong_kind(values: Mapping[str, Any]) -> str:
+    """Return why the kind of a row's captions cannot be used, or an empty text."""
+    if "kind" in values:
+        try:
+            require_kind_of_captions(_cell(values["kind"]))
+        except UsageError as error:
+            return str(error)
+    return ""
 
 
 def check(root: str, *, encoding: str = "", **options: str | None) -> None:
@@ -211,6 +239,18 @@ def _difference(image: _Image, sample_id: str, split: str) -> str:
             "(?id= leaves the ids out)"
         )
     return ""
+
+
+def _captions_by_kind(values: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return a row's captions by kind, all under an empty text if there are no kinds."""
+    of_kinds = {role.partition(":")[2]: value for role, value in values.items() if role.startswith("caption:")}
+    if of_kinds:
+        return {kind: _captions(value) for kind, value in of_kinds.items() if value not in (None, "")}
+    return {_cell(values.get("kind")): _captions(values.get("caption"))}
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value).strip()
 
 
 def _captions(value: Any) -> list[str]:

@@ -6,6 +6,9 @@
       000000012.json   a text or a list of texts as "caption" or "captions", where there is no .txt
       000000012.syn.json   with ``?syn=syn_text``: further captions, as in DataCompDR
 
+Captions of several kinds: ``?caption=real:caption,synthetic:recaption`` (keys of the .json, ``.txt`` for that file),
+with ``&syn=synthetic:syn_text`` for those of the ``.syn.json``. The captions of an image are then sorted by kind.
+
 The root is a folder (every ``*.tar`` below it), one tar, or a pattern such as ``shards/{000..003}.tar`` or
 ``shards/*.tar``. A tar or a pattern with braces may be a URL. The key is the member's path up to the first dot of its
 name, and is the ``sample_id``. Tars come in the order of the pattern or of their paths, samples in the order of their
@@ -25,7 +28,6 @@ import hashlib
 import io
 import json
 import math
-import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,17 +38,23 @@ import fsspec
 
 from teacher_cache.pipeline.data.datasets.files import (
     as_text,
-    before_pattern,
     contents,
     data_folder,
-    is_pattern,
     open_regular,
     require_there,
     require_utf8,
     say_several_lines,
     split_in_name,
 )
-from teacher_cache.pipeline.data.datasets.records import Problem, ProblemKind, Record, Uncaptioned, sample_or_problem
+from teacher_cache.pipeline.data.datasets.records import (
+    Problem,
+    ProblemKind,
+    Record,
+    Uncaptioned,
+    kinds_and_places,
+    sample_or_problem,
+)
+from teacher_cache.pipeline.data.datasets.tar_names import tar_names
 from teacher_cache.storage.errors import CacheAccessError, UsageError
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.quantities import counted
@@ -54,9 +62,6 @@ from teacher_cache.storage.observe.safe_text import printable
 
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 SYNTHETIC = "syn.json"
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
-_MOST_TARS = 1_000_000
 _PACKED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
 _MOST_TEXT_BYTES = 16 * 1024 * 1024  # for a .txt or .json: a header can claim any length
 # for an extended header (long name and attributes): tarfile searches it in quadratic time
@@ -90,6 +95,7 @@ class _Member:
     length: int = -1
     sha256: str = ""
     texts: dict[str, list[str]] = field(default_factory=dict)  # captions or label, by ending
+    by_kind: dict[str, list[str]] = field(default_factory=dict)  # captions of the .json, if kinds are named
     others: list[str] = field(default_factory=list)  # endings that are neither image nor text
     passed_over: str = ""  # member with an image ending, but not at the first dot
 
@@ -115,6 +121,8 @@ class _Texts:
     """Endings of the member whose position is kept: the image, or the rows of DataCompDR."""
     digests: bool = False
     """Whether that member is digested: a distant tar is read whole anyway, in large requests."""
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """Where captions are, by kind: a key of the .json, or an ending with its dot."""
 
 
 def read(
@@ -135,9 +143,10 @@ def read(
         txt: ``whole`` if a .txt is one caption, ``lines`` if each line is one (CLIP_benchmark's retrieval sets).
         ids: ``key``, or ``tar`` for ``path/of.tar/key`` if several tars have the same keys.
         encoding: encoding of captions, for example ``cp1252``. Default: UTF-8 without broken characters.
-        caption: key of the captions in the .json, which is then read in place of the .txt. Default: ``caption``, else
-            ``captions``.
-        syn: key of the list of captions in ``KEY.syn.json`` that follow the image's own. DataCompDR's is ``syn_text``.
+        caption: key of the captions in the .json, which is then read in place of the .txt, or ``KIND:KEY,KIND:KEY``.
+            Default: ``caption``, else ``captions``.
+        syn: key, or ``KIND:KEY``, of the list of captions in ``KEY.syn.json`` that follow the image's own.
+            DataCompDR's is ``syn_text``.
 
     Raises:
         UsageError: no tar, an option with another value, or a caption of another encoding.
@@ -145,11 +154,16 @@ def read(
     _check_options(txt, ids)
     glued = 0
     how = _Texts(lines=txt == "lines", encoding=encoding)
-    if caption:
+    if kinds := _kinds(caption, syn):
+        json_keys = tuple(place for place in kinds.values() if not place.startswith("."))
+        own = (*["txt"] * (".txt" in kinds.values()), *["json"] * bool(json_keys))
+        how = replace(how, endings=own, keys={"json": json_keys}, kinds=kinds)
+        caption, syn = "", syn.partition(":")[2]
+    elif caption:
         how = replace(how, endings=("json",), keys={"json": (caption,)})
     if syn:
         # DataCompDR's .json holds ids, no captions
-        own = ("json",) if caption else ("txt",)
+        own = how.endings if kinds else ("json",) if caption else ("txt",)
         how = replace(how, endings=(*own, SYNTHETIC), keys={**how.keys, SYNTHETIC: (syn,)})
     for uri, tar_split, key, member in _members(root, split, how):
         sample_id = f"{uri}/{key}" if ids == "tar" else key
@@ -161,8 +175,10 @@ def read(
             glued += txt == "whole" and any("\n" in text.strip() for text in member.texts.get("txt", ()))
             captions = next((own for own in texts if any(map(str.strip, own))), texts[0] if texts else [])
             captions = [*captions, *member.texts.get(SYNTHETIC, ())]
+            files = {kind: member.texts.get(place[1:], []) for kind, place in kinds.items() if place.startswith(".")}
+            by_kind = files | member.by_kind
             position = member.offset, member.length, member.sha256
-            for record in sample_or_problem(sample_id, uri, tar_split, captions, *position):
+            for record in sample_or_problem(sample_id, uri, tar_split, by_kind if kinds else captions, *position):
                 if isinstance(record, Uncaptioned) and not member.texts:
                     record = replace(record, detail=record.detail + _instead(member.others))  # noqa: PLW2901
                 yield record
@@ -181,10 +197,24 @@ def _instead(endings: list[str]) -> str:
     return f"; beside it lies {beside}, and captions are read from .txt and .json" if endings else ""
 
 
-def check(root: str, *, txt: str = "whole", ids: str = "key", **_: str) -> None:
+def _kinds(caption: str, syn: str) -> dict[str, str]:
+    """Return where the captions of each kind are, as :class:`_Texts` has it; {} if no kinds are named."""
+    kinds, of_syn = kinds_and_places(caption), kinds_and_places(syn)
+    if len(of_syn) > 1 or (bool(kinds) != bool(of_syn) and syn) or kinds.keys() & of_syn:
+        raise UsageError(
+            f"caption={printable(caption)!r} and syn={printable(syn)!r}: name a kind for both, each once, as in "
+            "?caption=real:.txt&syn=synthetic:syn_text"
+        )
+    if unknown := [place for place in kinds.values() if place.startswith(".") and place != ".txt"]:
+        raise UsageError(f"caption={printable(caption)!r}: {unknown[0]} is not read; write .txt, or a key of the .json")
+    return kinds | dict.fromkeys(of_syn, f".{SYNTHETIC}")
+
+
+def check(root: str, *, txt: str = "whole", ids: str = "key", caption: str = "", syn: str = "", **_: str) -> None:
     """Check the options and the form of the root, and that a local folder or pattern has a tar."""
     _check_options(txt, ids)
-    tars = _tars(root)
+    _kinds(caption, syn)
+    tars = tar_names(root)
     if "://" not in root and not any(Path(tar).exists() for tar in tars):
         folder = Path(tars[0]).parent
         if len(tars) > 1 and folder.is_dir():
@@ -278,7 +308,7 @@ def _members(
 ) -> Iterator[tuple[str, str, str, _Member | Problem]]:
     """Yield uri and split of the tar, key and members of each sample. Problems come in place of members."""
     folder = data_folder(root)
-    tars = _tars(root)
+    tars = tar_names(root)
     for number, tar in enumerate(tars):
         uri = tar.removeprefix(f"{folder.rstrip('/')}/")
         tar_split = split or split_in_name(uri, folder)
@@ -289,64 +319,6 @@ def _members(
             yield uri, tar_split, key, member.lost(uri) or member
         if progress is not None:
             progress(number + 1, len(tars))
-
-
-def _tars(root: str) -> list[str]:
-    """List the absolute paths or URLs of the tars, in order."""
-    if "://" not in root:
-        path = Path(root)
-        if path.is_file():
-            return [str(path.parent.resolve() / path.name)]
-        if path.is_dir():
-            tars = sorted(str(tar) for tar in path.resolve().rglob("*.[tT][aA][rR]") if tar.is_file())
-            if not tars:
-                packed = "; tars are read in place: unpack those that are compressed" * any(path.rglob("*.tar.*"))
-                raise UsageError(f"{root}: no *.tar in or below it; found {contents(path)}{packed}")
-            return tars
-        if ".tar," in root or "::" in root:
-            raise UsageError(f"{root}: commas and :: join no tars; write webdataset:FOLDER or :FOLDER/{{000,001}}.tar")
-        if not is_pattern(root):
-            require_there(root)
-            raise UsageError(f"{root} is no file; write webdataset:FOLDER, :FILE.tar or :FOLDER/{{000..003}}.tar")
-        root = str(path.absolute())
-        # uris have this prefix too, despite symbolic links in the pattern
-        root = data_folder(root) + root[len(before_pattern(root)) :]
-        return [tar for name in _expand(root) for tar in _listed(name)]
-    elif "*" in root or not root.split("?")[0].endswith(".tar"):
-        folder = root.partition("/*")[0]
-        raise UsageError(f"{root}: a folder behind a URL is not listed; write its tars as {folder}/{{000..003}}.tar")
-    return _expand(root)
-
-
-def _listed(name: str) -> list[str]:
-    """Return the files that a name with ``*`` stands for, or a name without one."""
-    if "*" not in name:
-        return [name]
-    folder = before_pattern(name)
-    paths = Path(folder).glob(name[len(folder) + 1 :])
-    if tars := sorted(str(path) for path in paths if path.suffix.lower() == ".tar" and path.is_file()):
-        return tars
-    raise UsageError(f"{name}: no tar has such a name; {folder} holds {contents(require_there(folder))}")
-
-
-def _expand(pattern: str) -> list[str]:
-    """Return every name of a pattern: ``{000..003}`` counts, ``{a,b}`` lists. Braces do not nest."""
-    braces = _BRACES.search(pattern)
-    if braces is None:
-        return [pattern]
-    counted = _RANGE.fullmatch(braces[1])
-    if counted:
-        first, last = counted.groups()
-        numbers = range(int(first), int(last) + 1)
-        if len(numbers) > _MOST_TARS:
-            raise UsageError(f"{{{braces[1]}}} stands for {len(numbers):,} tars; write one of at most {_MOST_TARS:,}")
-        words = [str(number).zfill(len(first)) for number in numbers]
-    else:
-        words = braces[1].split(",")
-    tails = _expand(pattern[braces.end() :])
-    if len(words) * len(tails) > _MOST_TARS:
-        raise UsageError(f"{pattern} stands for {len(words) * len(tails):,} tars; at most {_MOST_TARS:,} are read")
-    return [pattern[: braces.start()] + word + tail for word in words for tail in tails]
 
 
 def _read_tar(tar: str, uri: str, members: dict[str, _Member], texts: _Texts) -> Iterator[Problem]:
@@ -467,12 +439,22 @@ def _add_member(
         member.texts[ending] = text.splitlines() if texts.lines else [text]
         return None
     keys = texts.keys[ending]
-    captions = _json_captions(text, keys)
+    if texts.kinds and ending == "json":
+        captions = _kinds_in_json(text, texts.kinds, member)
+    else:
+        captions = _json_captions(text, keys)
     if isinstance(captions, str):
         wanted_as = f"its captions are wanted as {' or '.join(keys)}, or by ?caption=KEY"
         return "bad-record", f"{captions}; {wanted_as if ending == 'json' else f'{keys[0]} is wanted'}"
     member.texts[ending] = captions
     return None
+
+
+def _kinds_in_json(text: str, kinds: Mapping[str, str], member: _Member) -> list[str] | str:
+    """Add the captions of a JSON object to a member by kind. Return them, or what it is if it has none of the keys."""
+    read = {kind: _json_captions(text, (key,)) for kind, key in kinds.items() if not key.startswith(".")}
+    member.by_kind = {kind: captions for kind, captions in read.items() if isinstance(captions, list)}
+    return [text for own in member.by_kind.values() for text in own] if member.by_kind else next(iter(read.values()))
 
 
 def _json_captions(text: str, keys: tuple[str, ...]) -> list[str] | str:

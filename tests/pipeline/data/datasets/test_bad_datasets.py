@@ -17,8 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
-from teacher_cache.pipeline.data.datasets.adapters import ADAPTERS, webdataset
+from teacher_cache.pipeline.data.datasets.adapters import ADAPTERS
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.data.datasets.tar_names import tar_names
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import UsageError
@@ -166,7 +167,7 @@ def test_cut_compressed_and_odd_tars(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["{0..99999999}", "{000..999}{000..9999}", "{0..9}" * 7])
 def test_a_pattern_for_more_tars_than_anybody_has(pattern: str) -> None:
     with pytest.raises(UsageError, match=r"stands for [\d,]+ tars"):
-        webdataset._expand(f"/x/{pattern}.tar")
+        tar_names(f"https://host/{pattern}.tar")
 
 
 # JSON

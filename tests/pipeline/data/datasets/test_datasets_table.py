@@ -291,3 +291,61 @@ def test_a_table_url_that_fails_is_a_usage_error(server: str) -> None:
         read("table", f"{server}/broken.csv")
     with pytest.raises(ValueError, match=r"nosuch://x/t\.csv: no table .* \(ValueError: Protocol not known"):
         read("table", "nosuch://x/t.csv")
+
+
+@pytest.mark.parametrize("columnar", [False, True], ids=["csv", "parquet"])
+def test_captions_of_kinds_in_columns(tmp_path: Path, columnar: bool) -> None:
+    """Sorted by kind, whatever the order of the columns; an empty cell is no caption, and no problem."""
+    rows = [("a.jpg", "Blip.", "Alt."), ("b.jpg", "", "Only alt."), ("a.jpg", "Blip again.", ""), ("c.jpg", "", "")]
+    table = tmp_path / ("pairs.parquet" if columnar else "pairs.csv")
+    if columnar:
+        columns = [[value or None for value in column] for column in zip(*rows, strict=True)]
+        columns[1] = [value and [value] for value in columns[1]]  # lists of captions
+        pq.write_table(pa.table(dict(zip(("path", "blip", "alt:text"), columns, strict=True))), table)
+    else:
+        table.write_text("\n".join(map(",".join, [("path", "blip", "alt:text"), *rows])) + "\n")
+    samples, problems = read("table", table, caption="synthetic:blip,real:alt:text")
+    assert samples == [
+        Sample("a.jpg", "a.jpg", "", ("Alt.", "Blip.", "Blip again."), kinds=("real", "synthetic", "synthetic")),
+        Sample("b.jpg", "b.jpg", "", ("Only alt.",), kinds=("real",)),
+    ]
+    assert [problem.kind for problem in problems] == ["no-caption"]
+    assert [(one.captions, one.kinds) for one in read("table", table, caption="alt:text")[0]] == [
+        (("Alt.",), ()),
+        (("Only alt.",), ()),
+    ]
+
+
+def test_kinds_in_a_column_of_their_own(tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("path,caption,by\na.jpg,Made.,synthetic\na.jpg,Said., real \nb.jpg,Whose?,\nb.jpg,So.,real\n")
+    samples, problems = read("table", table, kind="by")
+    assert samples == [
+        Sample("a.jpg", "a.jpg", "", ("Said.", "Made."), kinds=("real", "synthetic")),
+        Sample("b.jpg", "b.jpg", "", ("So.",), kinds=("real",)),
+    ]
+    assert [(problem.where, problem.lost_image) for problem in problems] == [("pairs.csv line 4", False)]
+    assert "'' is no kind of captions" in problems[0].detail
+    assert read("table", table)[0][0].kinds == ()  # a column is no kind unless it is named
+    table.write_text("path,caption,by\n" + "".join(f"a.jpg,Caption {n}.,k{n}\n" for n in range(17)))
+    with pytest.raises(UsageError, match="more than 16 kinds of captions in the column 'by'"):
+        read("table", table, kind="by")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"caption": "real:caption,blip"}, "write each kind once"),
+        ({"caption": "real:caption,real:by"}, "write each kind once"),
+        ({"caption": "r al:caption"}, "'r al' is no kind of captions"),
+        ({"caption": "real:blip"}, "no column 'blip' for caption:real=. Its columns are path, caption, by"),
+        ({"caption": "real:caption", "kind": "by"}, "kind= and caption= both name kinds"),
+        ({"kind": "bye"}, "no column 'bye' for kind=. Did you mean by?"),
+    ],
+)
+def test_kinds_that_cannot_be_read_are_refused_early(tmp_path: Path, options: dict[str, str], message: str) -> None:
+    (tmp_path / "pairs.csv").write_text("path,caption,by\na.jpg,A.,real\n")
+    query = "&".join(f"{name}={value}" for name, value in options.items())
+    with pytest.raises(UsageError) as error:
+        check_dataset(f"table:{tmp_path}/pairs.csv?{query}")
+    assert message in str(error.value)

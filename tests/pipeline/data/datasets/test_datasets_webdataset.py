@@ -11,7 +11,9 @@ import pytest
 from teacher_cache.pipeline.data.datasets.records import Sample
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
+from teacher_cache.pipeline.precompute.plan import dataset_tables
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.format.tables import CAPTIONS
 from tests.pipeline.data.dataset_files import load, read, save_image, told, write_tar
 
 
@@ -283,3 +285,38 @@ def test_tars_behind_urls(tmp_path: Path, pictures: list[bytes]) -> None:
         ValueError, match=r"a folder behind a URL is not listed; write its tars as memory://wds-test/\{"
     ):
         read("webdataset", "memory://wds-test")
+
+
+def test_captions_of_kinds(tmp_path: Path, pictures: list[bytes]) -> None:
+    """Of the .txt, of keys of the .json and of DataCompDR's .syn.json, sorted by kind."""
+    own, made = {"caption": "Own.", "blip": ["Made.", "Made again."]}, {"syn_text": ["Painted."]}
+    members: list[tuple[str, bytes | str]] = [("1.json", json.dumps(own)), ("1.txt", "Beside."), ("1.jpg", pictures[0])]
+    members += [("1.syn.json", json.dumps(made)), ("2.json", json.dumps({"caption": "Alone.", "blip": None}))]
+    members += [("2.jpg", pictures[1]), ("3.json", '{"width": 3}'), ("3.jpg", pictures[2])]
+    tar = write_tar(tmp_path / "a.tar", members)
+
+    def kinds(**options: str) -> list[dict[str, str]]:
+        return [dict(zip(one.captions, one.kinds, strict=True)) for one in read("webdataset", tar, **options)[0]]
+
+    in_json = {"Own.": "real", "Made.": "synthetic", "Made again.": "synthetic"}
+    assert kinds(caption="synthetic:blip,real:caption") == [in_json, {"Alone.": "real"}]
+    of_files = {"caption": "real:.txt,alt:caption", "syn": "synthetic:syn_text"}
+    expected = {"Own.": "alt", "Beside.": "real", "Painted.": "synthetic"}
+    assert kinds(**of_files) == [expected, {"Alone.": "alt"}]
+    named, digests = load_samples(
+        DatasetSpec.parse(f"webdataset:{tar}?caption=real:.txt,alt:caption&syn=made:syn_text")
+    )
+    table = dataset_tables(named, digests)[CAPTIONS].select(["image_row", "text", "kind"])
+    assert [tuple(row.values()) for row in table.to_pylist()] == [
+        (0, "Own.", "alt"),
+        (0, "Painted.", "made"),
+        (0, "Beside.", "real"),
+        (1, "Alone.", "alt"),
+    ]
+    _, problems = read("webdataset", tar, caption="real:caption,synthetic:blip")
+    assert "a JSON object with the keys width; its captions are wanted as caption or blip" in problems[0].detail
+    for wrong in ({"syn": "synthetic:syn_text"}, {**of_files, "syn": "syn_text"}, {**of_files, "syn": "alt:syn_text"}):
+        with pytest.raises(UsageError, match="name a kind for both, each once"):
+            kinds(**wrong)
+    with pytest.raises(UsageError, match=r"\.vtt is not read"):
+        kinds(caption="real:.vtt")

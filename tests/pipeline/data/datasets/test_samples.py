@@ -62,7 +62,7 @@ def test_spec_that_cannot_be_read(text: str, message: str) -> None:
         ("webdataset", "split, txt, ids, encoding, caption, syn"),
         ("imagefolder", "templates, classes, split"),
         ("images", "txt, encoding"),
-        ("table", "path, caption, split, id, encoding"),
+        ("table", "path, caption, split, id, encoding, kind"),
         ("scenes", "seed, train, dev, test"),
     ],
 )
