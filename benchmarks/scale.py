@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/scale.py measure --out /tmp/scale
 
 ``measure`` counts every request of a small run against SeaweedFS, weighs real chunks of 4,096 rows, times tables,
-listings and seals of growing caches. All on loopback.
+listings and seals of growing caches. All on loopback. ``reckon`` prints what follows for a billion pairs.
 ``benchmarks/scale.md`` says what came out and what follows.
 """
 
@@ -26,6 +26,7 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.bench.material import photographs
+from benchmarks.bench.reckon import table
 from teacher_cache.pipeline.data.datasets.samples import load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.pipeline.models.teacher import load_teacher
@@ -55,8 +56,12 @@ def main() -> None:
     measure.add_argument("--out", type=Path, required=True)
     measure.add_argument("--only", nargs="*", choices=sorted(MEASURED), default=sorted(MEASURED))
     steps.add_parser("tables").add_argument("rows", type=int)
+    steps.add_parser("reckon")
     steps.add_parser("stream").add_argument("location")
     given = parser.parse_args()
+    if given.step == "reckon":
+        print(*table(), sep="\n")
+        return
     if given.step == "stream":
         stream_epochs(given.location)
         return

@@ -19,6 +19,8 @@ from benchmarks.bench import rival_loaders
 from benchmarks.bench.harness import Row, Settings, interleave, keep, speed, table
 from benchmarks.bench.memory import PeakMemory
 from benchmarks.bench.peers import PEERS, python_of
+from benchmarks.bench.reckon import Form
+from benchmarks.bench.reckon import table as reckoned
 from benchmarks.bench.shuffle import mates_share
 
 ROOT = Path(__file__).parents[1]
@@ -240,3 +242,15 @@ def test_an_environment_that_is_there_is_taken_and_another_one_made_anew(
     assert len(made) == 2 * first
     with pytest.raises(KeyError):
         python_of("no-such-peer", tmp_path)
+
+
+# --- reckoned tables
+
+
+def test_reckoned_tables_are_what_the_script_prints() -> None:
+    """The pages hold the script's lines; a chunk has the bytes that were measured."""
+    lines = "\n".join(reckoned())
+    assert lines in (ROOT / "benchmarks" / "scale.md").read_text()
+    assert lines.rpartition("\n\n")[2] in (ROOT / "docs" / "design" / "014-scale.md").read_text()
+    in_chunks = Form().bytes_of(4096) - 4096 * 74
+    assert in_chunks == pytest.approx(4_293_707 + 4_211_665, rel=1e-4)
