@@ -99,6 +99,17 @@ class _Member:
     others: list[str] = field(default_factory=list)  # endings that are neither image nor text
     passed_over: str = ""  # member with an image ending, but not at the first dot
 
+    def captions(self) -> list[str]:
+        """Return the captions of the .txt, or of the .json beside an empty one, and the further ones."""
+        texts = [self.texts[ending] for ending in ("txt", "json") if ending in self.texts]
+        own = next((own for own in texts if any(map(str.strip, own))), texts[0] if texts else [])
+        return [*own, *self.texts.get(SYNTHETIC, ())]
+
+    def captions_by_kind(self, kinds: Mapping[str, str]) -> dict[str, list[str]]:
+        """Return the captions by kind; ``kinds`` as in :class:`_Texts`."""
+        files = {kind: self.texts.get(place[1:], []) for kind, place in kinds.items() if place.startswith(".")}
+        return files | self.by_kind
+
     def lost(self, uri: str) -> Problem | None:
         """Return the problem of an image that no other message names."""
         if self.offset >= 0 or not self.passed_over:
@@ -153,32 +164,16 @@ def read(
     """
     _check_options(txt, ids)
     glued = 0
-    how = _Texts(lines=txt == "lines", encoding=encoding)
-    if kinds := _kinds(caption, syn):
-        json_keys = tuple(place for place in kinds.values() if not place.startswith("."))
-        own = (*["txt"] * (".txt" in kinds.values()), *["json"] * bool(json_keys))
-        how = replace(how, endings=own, keys={"json": json_keys}, kinds=kinds)
-        caption, syn = "", syn.partition(":")[2]
-    elif caption:
-        how = replace(how, endings=("json",), keys={"json": (caption,)})
-    if syn:
-        # DataCompDR's .json holds ids, no captions
-        own = how.endings if kinds else ("json",) if caption else ("txt",)
-        how = replace(how, endings=(*own, SYNTHETIC), keys={**how.keys, SYNTHETIC: (syn,)})
+    how = _texts_to_read(txt == "lines", encoding, caption, syn)
     for uri, tar_split, key, member in _members(root, split, how):
         sample_id = f"{uri}/{key}" if ids == "tar" else key
         if isinstance(member, Problem):
             yield member
         elif member.offset >= 0:
-            # ignore an empty .txt beside a .json with a caption
-            texts = [member.texts[ending] for ending in ("txt", "json") if ending in member.texts]
             glued += txt == "whole" and any("\n" in text.strip() for text in member.texts.get("txt", ()))
-            captions = next((own for own in texts if any(map(str.strip, own))), texts[0] if texts else [])
-            captions = [*captions, *member.texts.get(SYNTHETIC, ())]
-            files = {kind: member.texts.get(place[1:], []) for kind, place in kinds.items() if place.startswith(".")}
-            by_kind = files | member.by_kind
+            captions = member.captions_by_kind(how.kinds) if how.kinds else member.captions()
             position = member.offset, member.length, member.sha256
-            for record in sample_or_problem(sample_id, uri, tar_split, by_kind if kinds else captions, *position):
+            for record in sample_or_problem(sample_id, uri, tar_split, captions, *position):
                 if isinstance(record, Uncaptioned) and not member.texts:
                     record = replace(record, detail=record.detail + _instead(member.others))  # noqa: PLW2901
                 yield record
@@ -187,6 +182,22 @@ def read(
             detail = f"{uri}: there is no image beside {', '.join(member.texts)}{others}"
             yield Problem("no-image", sample_id, detail, lost_image=False, lost_captions=1)
     say_several_lines(root, glued)
+
+
+def _texts_to_read(lines: bool, encoding: str, caption: str, syn: str) -> _Texts:
+    """Return which texts hold captions, by the options of :func:`read`."""
+    how = _Texts(lines=lines, encoding=encoding)
+    if kinds := _kinds(caption, syn):
+        json_keys = tuple(place for place in kinds.values() if not place.startswith("."))
+        own = (*["txt"] * (".txt" in kinds.values()), *["json"] * bool(json_keys))
+        how, syn = replace(how, endings=own, keys={"json": json_keys}, kinds=kinds), syn.partition(":")[2]
+    elif caption:
+        how = replace(how, endings=("json",), keys={"json": (caption,)})
+    if syn:
+        # DataCompDR's .json holds ids, no captions
+        own = how.endings if kinds or caption else ("txt",)
+        how = replace(how, endings=(*own, SYNTHETIC), keys={**how.keys, SYNTHETIC: (syn,)})
+    return how
 
 
 def _instead(endings: list[str]) -> str:
@@ -432,6 +443,13 @@ def _add_member(
         return "bad-record", f"{entry.size:,} bytes of text, the most is {_MOST_TEXT_BYTES:,}"
     content = archive.extractfile(entry)
     assert content is not None  # a regular member
+    return _add_text(member, content, ending, texts, where)
+
+
+def _add_text(
+    member: _Member, content: IO[bytes], ending: str, texts: _Texts, where: str
+) -> tuple[ProblemKind, str] | None:
+    """Add a text to its key, as :func:`_add_member` does."""
     text = as_text(content, texts.encoding or "utf-8").read()
     if not texts.encoding:
         require_utf8(text, printable(where))
