@@ -30,6 +30,7 @@ from teacher_cache.storage.format.tables import (
     KIND,
     PROBLEMS,
     SAMPLES,
+    SCHEMAS,
     captions_sha256,
     chunk_rows_sha256,
     read_table,
@@ -445,12 +446,8 @@ def dataset_tables(dataset: SampleSet, digests: list[str]) -> dict[str, pa.Table
         ),
         CAPTIONS: pa.table(captions | ({KIND: kinds} if kinds else {})),
         PROBLEMS: pa.table(
-            {
-                "kind": pa.array([problem.kind for problem in dataset.problems], pa.string()),
-                "where": pa.array([problem.where for problem in dataset.problems], pa.string()),
-                "detail": pa.array([problem.detail for problem in dataset.problems], pa.string()),
-                "lost_image": pa.array([problem.lost_image for problem in dataset.problems], pa.bool_()),
-            }
+            {name: [getattr(problem, name) for problem in dataset.problems] for name in SCHEMAS[PROBLEMS].names},
+            schema=SCHEMAS[PROBLEMS],
         ),
     }
 
