@@ -120,6 +120,11 @@ def test_every_promise_names_tests_that_exist() -> None:
     assert len(promises) > 40
     for promise in promises:
         assert _TEST.search(promise), f"no test is named: {promise}"
+    threats = (ROOT / "docs" / "threat-model.md").read_text()
+    rows = re.findall(r"^\| (?!who |-).*", threats, re.MULTILINE)
+    assert len(rows) >= 10
+    assert all(_TEST.search(row) for row in rows)
+    text += threats
     for path, name in _TEST.findall(text):
         assert name in _functions_in(ROOT / path), f"{path} has no {name}"
     # nothing that looks like a test and is written otherwise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,8 @@ def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[A
 # {deployment.name}
 
 A CLIP student with {deployment.parameters:,} parameters and {deployment.embed_dim} dimensions, distilled from
-{deployment.teacher} by its cached embeddings (cache {deployment.cache_manifest_digest[:12]}). It sees {size} pixels and
-reads up to {deployment.tokenization.context_length} tokens.{runs}
+{_plain(deployment.teacher)} by its cached embeddings (cache {deployment.cache_manifest_digest[:12]}).
+It sees {size} pixels and reads up to {deployment.tokenization.context_length} tokens.{runs}
 
 ![Size, speed and recall of {deployment.name}, its teacher and its ONNX files](table.png)
 
@@ -168,7 +169,7 @@ def run_card(name: str, record: RunRecord, size: tuple[int, int], measured: Sequ
 # {name}
 
 A CLIP student with {record.student_parameters:,} parameters and {record.student_config["embed_dim"]} dimensions,
-distilled from {record.teacher} by its cached embeddings (cache {record.cache_manifest_digest[:12]}).
+distilled from {_plain(record.teacher)} by its cached embeddings (cache {record.cache_manifest_digest[:12]}).
 It sees {size[0]}x{size[1]} pixels.
 
 {recalls}
@@ -185,6 +186,11 @@ def on_hub(card: str, repository: str) -> str:
         fetch = f"`hf download {repository} --local-dir FOLDER` fetches the files.\n\n"
         card = card.replace("## Use\n", f"## Use\n{fetch}", 1)
     return card
+
+
+def _plain(name: str) -> str:
+    """Return a name that comes from a cache, without line ends and markup: a card is shown as a web page."""
+    return escape(" ".join(name.split()), quote=False).replace("[", "\\[")
 
 
 def _header(*tags: str) -> str:

@@ -39,7 +39,7 @@ class DeploymentError(CacheError):
 class Artefact(BaseModel, frozen=True):
     """One file of a deployment."""
 
-    file: str = Field(description="Name in the folder.")
+    file: str = Field(pattern=r"^(openvino/)?[\w-][\w.-]*$", description="Name in the folder.")
     bytes: int
     sha256: str
 

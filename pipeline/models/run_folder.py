@@ -132,7 +132,8 @@ class RunFolder:
         """Return the record of a run that these settings, fitted to its cache, may resume or have finished.
 
         Raises:
-            UsageError: no run here, or one with other settings, a mean of runs, or one without a checkpoint to resume.
+            UsageError: no run here, or one with other settings, a mean of runs, one without a checkpoint to resume, or
+                one whose checkpoints are behind a link.
         """
         record = self.read()
         if record.averaged:
@@ -150,6 +151,12 @@ class RunFolder:
                 f"{self.path}: cannot go on with other settings: {'; '.join(differ)}. Leave them out, or train anew"
                 f"{start} another --out."
             )
+        for name in filter(None, (_CHECKPOINTS, record.checkpoint)):
+            if (self.path / name).resolve() != self.path.resolve() / name:
+                raise UsageError(
+                    f"{self.path / name}: is a link, and a training removes old checkpoints there. Move the folder to "
+                    "the place of the link, or link to the whole run."
+                )
         if record.checkpoint is not None and not record.finished and not self._has_point(record):
             raise UsageError(
                 f"{self.path}: its checkpoint {record.checkpoint} has no {RESUME} folder to go on from; an older "

@@ -19,6 +19,8 @@ _ORIGIN = {"teacher", "identity", "accepted_mismatches", "cache_manifest_digest"
 _MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "checkpoint_seconds", "checkpoint_steps"}
 _MAY_DIFFER |= {"other_caches", "rank_timeout_seconds", "report_to", "exclude"}
 
+# a record of somebody else must not name a folder outside: a training removes old checkpoints
+_CHECKPOINT = r"^checkpoints/[\w-]+$"
 # beside CHECKPOINT_CONFIG in a checkpoint; both names are open_clip's
 CHECKPOINT_WEIGHTS = "open_clip_model.safetensors"
 
@@ -51,7 +53,7 @@ class BestRecord(BaseModel, frozen=True):
     epoch: int
     split: str = Field(description="Split that it was chosen on. Its score there is no test result.")
     mean_recall: float
-    checkpoint: str = Field(description="Folder of the checkpoint, relative to the run.")
+    checkpoint: str = Field(pattern=_CHECKPOINT, description="Folder of the checkpoint, relative to the run.")
 
 
 class AveragedRun(BaseModel, frozen=True):
@@ -123,7 +125,9 @@ class RunRecord(BaseModel):
     steps: int = Field(0, description="Steps taken up to the newest checkpoint.")
     seconds: float = Field(0.0, description="Seconds of the finished epochs.")
     epochs: tuple[EpochRecord, ...] = Field((), description="Finished epochs.")
-    checkpoint: str | None = Field(None, description="Folder of the newest checkpoint, relative to the run.")
+    checkpoint: str | None = Field(
+        None, pattern=_CHECKPOINT, description="Folder of the newest checkpoint, relative to the run."
+    )
     best: BestRecord | None = Field(None, description="Best epoch on config.select_split.")
     resumed_at: tuple[int, ...] = Field((), description="Steps after which another process went on.")
 

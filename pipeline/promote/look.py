@@ -26,6 +26,7 @@ from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.identity import DatasetIdentity
 from teacher_cache.storage.format.manifest import CacheManifest, holdout_advice
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES, read_table
+from teacher_cache.storage.observe.logs import command_line
 
 _DEFAULTS = {"views": 1, "dtype": "float16", "decoder": PILLOW}
 
@@ -245,13 +246,13 @@ def _crops(manifest: CacheManifest) -> dict[str, Any]:
 
 def _unshipped(judged: Candidate) -> str | None:
     """Return how to ship a judged student: its verdict stands, even if the shipping settings have changed."""
-    deploy = f"teacher-cache deploy --run {judged.run} --out FOLDER"
+    deploy = command_line("deploy", run=judged.run, out="FOLDER")
     if judged.passed and judged.deployed is None:
         return f"student {judged.number} was promoted without being shipped. Ship it by {deploy}"
     if not judged.passed and judged.reason.startswith(NOT_SHIPPED):
         return (
             f"student {judged.number} was rejected, since it {judged.reason}. With other settings: {deploy}, and then "
-            f"teacher-cache promote --run {judged.run} --deployed FOLDER"
+            f"{command_line('promote', run=judged.run, deployed='FOLDER')}"
         )
     return None
 

@@ -5,11 +5,13 @@ A chunk is never garbage: a sealed cache needs all of them, and uncommitted ones
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, Field
 
 from teacher_cache.storage.files.claim_records import CLAIMS
+from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.protocol import CacheFiles
 from teacher_cache.storage.format.commits import all_chunks
@@ -42,7 +44,8 @@ class GarbageReport(BaseModel, frozen=True):
 def collect_garbage(location: str, delete: bool = False, unknown: bool = False) -> GarbageReport:
     """Find garbage, and delete it on request. Safe while other processes read and write the cache.
 
-    Files of a cache are never deleted: ``repair`` mends damaged ones. Caches inside this folder are skipped.
+    Files of a cache are never deleted: ``repair`` mends damaged ones. Caches inside this folder, and folders behind
+    links, are skipped.
 
     Args:
         delete: delete half-written files and claims of ended processes.
@@ -65,6 +68,7 @@ def collect_garbage(location: str, delete: bool = False, unknown: bool = False) 
         for key in keys
         if key not in known and not key.startswith((f"{CLAIMS}/", *within))
     ]
+    garbage = [item for item in garbage if not _behind_link(files, item.key)]
     not_deleted = 0
     if delete:
         deleted = [item for item in garbage if unknown or item.kind != "unknown-file"]
@@ -81,6 +85,14 @@ def known_keys(manifest: CacheManifest) -> set[str]:
     for ref in all_chunks(manifest.layout):
         known.update((ref.commit_key, note_key(ref.name), *ref.object_keys(manifest.layout).values()))
     return known
+
+
+def _behind_link(files: CacheFiles, key: str) -> bool:
+    """Return whether a link leads to an object's folder: what lies there may be somebody else's."""
+    if not isinstance(files, LocalFiles):
+        return False
+    root, folder = Path(files.path("")).resolve(), Path(files.path(key)).parent
+    return folder.resolve() != root / Path(key).parent
 
 
 def _size(files: CacheFiles, key: str) -> int:

@@ -20,10 +20,11 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from teacher_cache.storage.cli.tables import Part, output_width, shown
+from teacher_cache.storage.cli.tables import Part, output_width
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import CACHE, MANIFEST_KEY, REGISTRY, kind_of, misplaced, typed_as
 from teacher_cache.storage.observe.logs import say
+from teacher_cache.storage.observe.safe_text import shown
 
 if TYPE_CHECKING:
     from click.types import OptionHelpExtra

@@ -20,6 +20,7 @@ from teacher_cache.storage.cli.app import (
     view_option,
 )
 from teacher_cache.storage.cli.tables import Facts, Part, Table
+from teacher_cache.storage.observe.logs import command_line
 from teacher_cache.storage.observe.quantities import counted
 
 if TYPE_CHECKING:
@@ -178,8 +179,7 @@ def _facts(result: CacheStats) -> dict[str, str]:
         same = ", the same file" if pair.same_bytes else ""
         facts["near-duplicates"] += f"\n{pair.cosine:.4f}  {pair.sample_ids[0]}  {pair.sample_ids[1]}{same}"
     if not result.without_caption:
-        split = f" --split {result.split}" if result.split else ""
-        facts["recall"] = f"teacher-cache evaluate --cache {result.location}{split}"
+        facts["recall"] = command_line("evaluate", cache=result.location, split=result.split or None)
     return facts
 
 

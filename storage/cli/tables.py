@@ -11,6 +11,8 @@ from shutil import get_terminal_size
 
 from rich.cells import cell_len
 
+from teacher_cache.storage.observe.safe_text import shown
+
 _NARROW = 60  # columns: below, facts have their names above them
 
 
@@ -129,11 +131,6 @@ def _joined(cell: str) -> str:
 
 def _cell_width(cell: str) -> int:
     return max(map(cell_len, cell.split("\n")))
-
-
-def shown(text: str) -> str:
-    """Replace characters that are not printable, such as terminal escapes. Line ends stay."""
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 Part = str | Table | Facts

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from teacher_cache.storage.format.identity import Record
 
+MOST_ROWS, MOST_CHUNKS, MOST_DIM = 10**10, 2**22, 2**16
+"""Limits of a layout, so that a few numbers in a hostile manifest cannot fill the memory of who opens it."""
 CRC_BYTES = 4
 """Bytes of the checksum behind each chunk object."""
 
@@ -42,10 +44,10 @@ Tower = Literal["image", "text"]
 class Layout(Record):
     """Shapes of the Zarr arrays and of their chunks."""
 
-    embed_dim: int = Field(gt=0)
+    embed_dim: int = Field(gt=0, le=MOST_DIM)
     views: int = Field(1, gt=0)
-    image_rows: int = Field(ge=0)
-    text_rows: int = Field(ge=0)
+    image_rows: int = Field(ge=0, le=MOST_ROWS)
+    text_rows: int = Field(ge=0, le=MOST_ROWS)
     image_chunk_rows: int = Field(gt=0, description="Images per chunk: unit of work, write, commit, retry, read.")
     text_chunk_rows: int = Field(gt=0, description="Captions per chunk.")
     batch_rows: int = Field(gt=0, description="Rows per forward pass. Another number rounds differently.")
@@ -59,6 +61,12 @@ class Layout(Record):
     compressor: Literal["blosc"] | None = Field(
         None, description="Codec of all arrays between zarr's bytes and crc32c: blosc of shuffled bytes, or none."
     )
+
+    @model_validator(mode="after")
+    def _chunks_can_be_listed(self) -> Self:
+        if self.num_chunks > MOST_CHUNKS:
+            raise ValueError(f"{self.num_chunks:,} chunks, at most {MOST_CHUNKS:,} are read: larger chunks are wanted")
+        return self
 
     def rows(self, tower: Literal["image", "text"]) -> int:
         """Return the number of rows of a tower."""

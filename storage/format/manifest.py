@@ -10,6 +10,7 @@ generations. Versions that wrote them could add views to a cache as a second gen
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from typing import Any, Final, Literal, Self
 
@@ -26,6 +27,7 @@ FORMAT_VERSION: Final = 3
 IMPORTED = "imported"
 """Key of ``made_with``: which rows were imported, for people. Caches that copy such rows have it too."""
 IMPORTED_ROWS = "imported_rows_sha256"
+_KEY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
 _RESTORE = "Run teacher-cache repair: it restores the manifest from its backup."
 
 
@@ -88,8 +90,8 @@ class CacheManifest(Record):
     @model_validator(mode="after")
     def _files_are_below_the_cache(self) -> Self:
         for key in self.files:
-            if key.startswith("/") or "://" in key or ".." in key.split("/"):
-                raise ValueError(f"files names {key!r}, which is not below the cache")
+            if not _KEY.fullmatch(key):
+                raise ValueError(f"files names {key[:80]!r}, which is not below the cache")
         return self
 
     @model_validator(mode="after")

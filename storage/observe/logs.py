@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.observe.safe_text import redact
+from teacher_cache.storage.observe.safe_text import redact, shown
 
 LOG_FORMAT = "TEACHER_CACHE_LOG_FORMAT"
 RUN = "TEACHER_CACHE_RUN"
@@ -70,7 +70,7 @@ class _LineFormatter(logging.Formatter):
         if source == "root":  # open_clip logs through the root logger
             source = Path(record.pathname).parent.name
         named = "" if source == _ROOT.name else f"{source}: "
-        return redact(f"{record.levelname.lower()}: {named}{' '.join(record.getMessage().split())}")
+        return shown(redact(f"{record.levelname.lower()}: {named}{' '.join(record.getMessage().split())}"))
 
 
 class _Stderr(logging.Handler):
@@ -135,7 +135,7 @@ def say(line: str) -> None:
     if json_logs():
         event(logger("command"), logging.ERROR if line.startswith("error:") else logging.INFO, line)
     else:
-        print(line, file=sys.stderr)  # noqa: T201
+        print(shown(line), file=sys.stderr)  # noqa: T201
 
 
 def hint(line: str) -> None:

@@ -46,3 +46,8 @@ def printable(text: str) -> str:
     shown = CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), shown)
     is_cut = len(text) > MAX_NAME_CHARACTERS or len(shown) > _SHOWN_CHARACTERS
     return f"{shown[:_SHOWN_CHARACTERS]}..." if is_cut else shown
+
+
+def shown(text: str) -> str:
+    """Replace characters that are not printable, such as terminal escapes. Line ends stay."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)

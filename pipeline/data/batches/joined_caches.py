@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from teacher_cache.pipeline.data.batches.pairs import Pairs
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
+from teacher_cache.storage.observe.logs import command_line
 from teacher_cache.storage.read.content_index import ContentIndex
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.rows import RowSet
@@ -153,6 +154,7 @@ def _refusal(
         f"{other.location}: of the {images:,} images of {first.location} that are asked for, {without_image:,} have no "
         f"embedding in it, and of {len(lacking) - without_image:,} others a caption is missing; the first is {lost}. "
         f"{first.location} is of {first.manifest.source.dataset}, {other.location} of {other.manifest.source.dataset}. "
-        f"Make one of the same dataset: teacher-cache precompute --dataset {first.manifest.source.dataset} --reuse "
-        f"{other.location}, with its teacher and a new --cache. "
+        f"Make one of the same dataset: "
+        f"{command_line('precompute', dataset=first.manifest.source.dataset, reuse=other.location)}, with its teacher "
+        "and a new --cache. "
     )

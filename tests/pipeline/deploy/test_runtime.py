@@ -316,3 +316,12 @@ def test_runs_where_torch_is_not_installed(
     wanted = runtime.classify([photos[0]], ["a cat", "a dog"])
     assert np.abs(np.load(tmp_path / "found.npy") - wanted).max() < 1e-5
     assert list(home.rglob("*")) == []  # onnxruntime left to itself keeps an id there
+
+
+@pytest.mark.parametrize("file", ["../secret", "/etc/passwd", "openvino/../../x", ".env"])
+def test_a_record_names_files_of_its_own_folder_alone(tiny_deployment: Path, tmp_path: Path, file: str) -> None:
+    fields = json.loads((tiny_deployment / "deploy.json").read_text())
+    fields["weights"]["file"] = file
+    (tmp_path / "deploy.json").write_text(json.dumps(fields))
+    with pytest.raises(UsageError, match=r"weights\.file"):
+        StudentRuntime(tmp_path)

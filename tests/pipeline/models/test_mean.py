@@ -249,3 +249,23 @@ def test_the_command(runs: Path, tmp_path: Path) -> None:
     assert "is there already" in again.stderr
     made = run_command(*words, tmp_path / "n")
     assert [Path(each["run"]).name for each in json.loads(made.stdout)["averaged"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("way", ["checkpoints", "checkpoint", "record"])
+def test_a_run_of_somebody_else_removes_nothing_outside(runs: Path, tmp_path: Path, way: str) -> None:
+    """Training removes old checkpoints: by a link, or a name in the record, they would be anybody's folders."""
+    run, home = tmp_path / "run", tmp_path / "home"
+    shutil.copytree(runs / "a", run)
+    (home / "resume").mkdir(parents=True)
+    record = RunFolder(run).read()
+    assert record.checkpoint is not None
+    if way == "record":
+        text = (run / "run.json").read_text()
+        (run / "run.json").write_text(text.replace(f'"{record.checkpoint}"', '"../home"'))
+    else:
+        folder = run / ("checkpoints" if way == "checkpoints" else record.checkpoint)
+        shutil.rmtree(folder)
+        folder.symlink_to(home)
+    with pytest.raises(UsageError, match="is a link, and a training removes" if way != "record" else "checkpoint"):
+        train(record.config.model_copy(update={"out": str(run)}), resume=True)
+    assert (home / "resume").is_dir()

@@ -181,3 +181,17 @@ def test_gc_of_an_object_store(s3_location: str) -> None:
     collect_garbage(location, delete=True, unknown=True)
     assert cache_digest(location) == before
     assert open_files(location).partials() == []
+
+
+def test_nothing_behind_a_link_is_deleted(known_cache: Path, tmp_path: Path) -> None:
+    """A cache of somebody else may hold a link to your folders; a link itself is a file like any other."""
+    home = tmp_path / "home"
+    home.mkdir()
+    names = ("diary.txt", f".partial-{ended_process().tag}-0123abcd")
+    for name in names:
+        (home / name).write_text("x")
+    (known_cache / "home").symlink_to(home)
+    (known_cache / "diary").symlink_to(home / "diary.txt")
+    done = collect_garbage(str(known_cache), delete=True, unknown=True)
+    assert [garbage.key for garbage in done.found] == ["diary"]
+    assert sorted(path.name for path in home.iterdir()) == sorted(names)

@@ -54,6 +54,9 @@ def test_round_trip(known_cache: Path) -> None:
             "format version 4, this teacher-cache reads 1 to 3. Install a newer",
         ),
         ({"identity_digest": "0" * 64}, True, CacheFormatError, "identity_digest is 0000"),
+        ({"files": {"samples/../../x": {"sha256": "0"}}}, True, CacheFormatError, "'samples/../../x', which is not be"),
+        ({"files": {"samples/\x00": {"sha256": "0"}}}, True, CacheFormatError, r"'samples/\\x00', which is not below"),
+        ({"files": {"s3://bucket/key": {"sha256": "0"}}}, True, CacheFormatError, "'s3://bucket/key', which is not be"),
     ],
 )
 def test_an_edited_manifest_is_refused(
@@ -134,3 +137,17 @@ def test_which_views_hold_which() -> None:
     assert not two.holds(DRAWN)
     assert not DRAWN.holds(DRAWN.model_copy(update={"seed": 1}))
     assert not one.holds(DRAWN)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image_rows": 10**15}, "image_rows\n.*less than or equal to 10000000000"),
+        ({"embed_dim": 2**62}, "embed_dim\n.*less than or equal to 65536"),
+        ({"image_rows": 10**9, "image_chunk_rows": 1}, "1,000,000,007 chunks, at most 4,194,304 are read"),
+    ],
+)
+def test_a_few_large_numbers_cannot_fill_the_memory(known_cache: Path, changes: dict[str, int], said: str) -> None:
+    layout = json.loads((known_cache / "manifest.json").read_text())["layout"] | changes
+    with pytest.raises(CacheFormatError, match=said):
+        CacheManifest.from_bytes(edit(known_cache, layout=layout), "here")

@@ -169,3 +169,12 @@ def test_verify_names_the_chunk_and_the_rows_of_what_is_damaged(
     assert len(sound) == len(set(sound)) == report.chunks - 1
     assert found[-1]["message"] == "cache verified"
     assert (found[-1]["findings"], {line["run"] for line in found}) == (1, {"nightly-7"})
+
+
+def test_no_line_for_people_can_command_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Errors repeat names and digests that a file of somebody else holds."""
+    say("error: a\x1b[2Jb\x9b31m")
+    start_text_logs()
+    logging.getLogger("teacher_cache.x").warning("c\x1b]0;d\x07")
+    stop_logs()
+    assert capsys.readouterr().err == "error: a\ufffd[2Jb\ufffd31m\nwarning: c\ufffd]0;d\ufffd\n"
