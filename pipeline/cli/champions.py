@@ -34,10 +34,13 @@ _registry = click.argument(
 )
 
 
-@settings_command("promote", PromoteConfig, example="promote --run runs/a --registry students --split test")
+@settings_command("promote", PromoteConfig, example="students promote --run runs/a --registry students --split test")
 @json_flag
-def promote(config: PromoteConfig, as_json: bool) -> None:
-    """Measure both on the same images. Exit 1 if the student is rejected."""
+def _promote(config: PromoteConfig, as_json: bool) -> None:
+    """Make a student the champion if it is not worse than the champion.
+
+    Both are measured on the same images. Exit 1 if the student is rejected.
+    """
     from teacher_cache.pipeline.promote.gate import promote as run
 
     with StageProgress() as progress:
@@ -69,14 +72,14 @@ def _list(registry: str, champion: bool, as_json: bool) -> None:
     number = promotions[-1].candidate if promotions else None
     if champion:
         if number is None:
-            raise UsageError(f"{registry}: no champion yet; teacher-cache promote makes one")
+            raise UsageError(f"{registry}: no champion yet; teacher-cache students promote makes one")
         print_result(stored.candidate(number), as_json, lambda one: [one.deployed or f"{one.run}/{one.checkpoint}"])
         return
     listed = Students(registry=registry, champion=number, students=students, promotions=promotions)
     if listed.students or as_json:
         print_result(listed, as_json, lambda _: [_table(listed)])
     else:
-        say(f"{registry}: no student yet; teacher-cache promote --run RUN --registry {registry} adds one")
+        say(f"{registry}: no student yet; teacher-cache students promote --run RUN --registry {registry} adds one")
 
 
 @command("rollback", example="students rollback students --to 3")
@@ -95,7 +98,7 @@ def _rollback(registry: str, to: int | None, as_json: bool) -> None:
         say(f"{registry}: {again}, after student {promotion.before}")
 
 
-students = Group("students", commands=[_list, _rollback], no_args_is_help=True)
+students = Group("students", commands=[_list, _promote, _rollback], no_args_is_help=True)
 
 
 @settings_command(

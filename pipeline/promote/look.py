@@ -252,7 +252,7 @@ def _unshipped(judged: Candidate) -> str | None:
     if not judged.passed and judged.reason.startswith(NOT_SHIPPED):
         return (
             f"student {judged.number} was rejected, since it {judged.reason}. With other settings: {deploy}, and then "
-            f"{command_line('promote', run=judged.run, deployed='FOLDER')}"
+            f"{command_line('students', 'promote', run=judged.run, deployed='FOLDER')}"
         )
     return None
 

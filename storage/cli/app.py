@@ -191,7 +191,7 @@ class Group(click.Group):
         name = args[0]
         if not name.startswith("-") and not ctx.resilient_parsing and self.get_command(ctx, name) is None:
             similar = get_close_matches(name, self.list_commands(ctx), n=1)
-            hint = f"Did you mean {similar[0]!r}?" if similar else _in_another_group(ctx, name)
+            hint = _in_another_group(ctx, name) or (f"Did you mean {similar[0]!r}?" if similar else "")
             for place in (name, f"{name}/students"):
                 if kind_of(place) == REGISTRY:
                     hint = f"Write teacher-cache students list {place}"

@@ -28,10 +28,10 @@ def help_of(*words: str) -> str:
     return done.output
 
 
-def test_the_help_shows_at_most_23_commands_in_panels() -> None:
+def test_the_help_shows_at_most_22_commands_in_panels() -> None:
     lines = help_of().splitlines()
     assert [line.rstrip(":") for line in lines if line.rstrip(":") in PANELS] == list(PANELS)
-    assert len(app.entries) <= 23
+    assert len(app.entries) <= 22
     assert all(any(line.split()[:1] == [name] for line in lines) for name in app.entries)
 
 

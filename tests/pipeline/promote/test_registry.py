@@ -327,18 +327,18 @@ def test_the_commands(home: Path, tmp_path: Path) -> None:
     flags = ("--registry", str(tmp_path / "r"), "--split", "train", "--accept-learned", "--device", "cpu")
     empty = run("students", "list", str(tmp_path / "r"), cwd=home)
     assert (empty.returncode, empty.stdout) == (0, "")
-    assert "no student yet; teacher-cache promote --run RUN" in empty.stderr
+    assert "no student yet; teacher-cache students promote --run RUN" in empty.stderr
     runs = run("students", "list", ".", cwd=home)
     assert (runs.returncode, runs.stdout) == (2, "")
     assert re.search(r"\.: no registry of students, but a folder of training runs\. It holds [ab]\. ", runs.stderr)
     assert "report CACHE --run RUN shows runs" in runs.stderr
-    first = run("promote", "--run", "a", *flags, cwd=home)
+    first = run("students", "promote", "--run", "a", *flags, cwd=home)
     assert first.returncode == 0, first.stderr
     verdict, where, learned = first.stdout.splitlines()
     assert verdict.startswith(f"student 1 of {tmp_path / 'r'}: promoted: the first")
     assert where == f"measured on {home}/photos.cache, split 'train': 77 images, 154 captions"
     assert learned == "the student learned from 77 of these 77 images"
-    second = run("promote", "--run", "b", *flags, "--min-retention", "1000", "--json", cwd=home)
+    second = run("students", "promote", "--run", "b", *flags, "--min-retention", "1000", "--json", cwd=home)
     assert second.returncode == 1
     assert json.loads(second.stdout)["promotion"] is None
     shown = run("students", "list", str(tmp_path / "r"), cwd=home)
