@@ -108,6 +108,8 @@ def recall_text(measured: EvaluateResult) -> str:
     from teacher_cache.pipeline.evaluate.learned import learned_words
 
     of = f"{measured.images:,} images, {measured.captions:,} captions"
+    if measured.caption_kind is not None:
+        of += f" of kind {code(measured.caption_kind)}"
     if measured.quarantined:
         of += f", {measured.quarantined:,} quarantined ones left out"
     lines = [f"Recall on {code(measured.split)}: {of}."]

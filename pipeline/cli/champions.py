@@ -1,4 +1,4 @@
-"""The commands ``promote``, ``students`` and ``retrain``."""
+"""The commands ``students`` and ``retrain``."""
 
 from __future__ import annotations
 

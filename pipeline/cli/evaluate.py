@@ -75,9 +75,8 @@ def _twins(result: EvaluateResult) -> Iterator[str]:
         yield f"{counted(twins.unread, 'image')} not compared with training: a picture cannot be read"
     if not twins or not twins.images:
         return
-    line = (
-        f"{counted(twins.images, f'{result.split} image')} {'has' if twins.images == 1 else 'have'} a twin in training"
-    )
+    images = counted(twins.images, f"{result.split} image".strip())
+    line = f"{images} {'has' if twins.images == 1 else 'have'} a twin in training"
     if twins.teacher and twins.student and twins.retention:
         means = [f"{mean_recall(recalls):.1f}" for recalls in (twins.teacher, twins.student)]
         kept = twins.retention["mean"]

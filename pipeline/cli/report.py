@@ -121,7 +121,7 @@ def _write(path: Path, data: bytes) -> None:
 @option("--against-split", "Split of the measured images. Default: all others; of OTHER all.")
 @option(
     "--least",
-    "Minimum cosine of pairs whose pictures are compared. Default: four times as near as two images usually are.",
+    "Minimum cosine of pairs whose pictures are compared. Default: four times as near as measured images usually are.",
     type=click.FloatRange(-1, 1),
     metavar="X",
 )
@@ -146,7 +146,7 @@ def twins(cache: str, out: str | None, html: str | None, as_json: bool, **option
     with StageProgress() as progress:
         result = find_twins(cache, progress=progress, **options)
     if target is not None:
-        _write(target, result.model_dump_json(indent=1).encode())
+        _write(target, result.model_dump_json(indent=1, exclude={"seconds"}).encode())  # the same twins, the same bytes
     if page_target is not None:
         from teacher_cache.pipeline.report.twins_page import render_twins
 
@@ -154,9 +154,9 @@ def twins(cache: str, out: str | None, html: str | None, as_json: bool, **option
     print_result(result, as_json, lambda _: _twins_parts(result))
     if result.excluded and not as_json:
         if target is None:
-            suggest_next("twins", cache, against=options["against"], out="twins.json")
+            suggest_next("twins", cache, **options, out="twins.json")
         else:
-            suggest_next("train", cache=cache, exclude=out, student="STUDENT", out=next_run())
+            suggest_next("train", cache=cache, split=options["split"], exclude=out, student="STUDENT", out=next_run())
 
 
 def _twins_parts(result: Twins) -> Iterator[Part]:

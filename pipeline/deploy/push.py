@@ -97,6 +97,7 @@ def _trained(run: RunFolder, record: RunRecord, checkpoint: Path) -> _Files:
         for result in evaluations
         if Path(result.checkpoint or "").name == checkpoint.name
         and result.cache_manifest_digest == record.cache_manifest_digest
+        and result.caption_kind is None
     ]
     return {
         CHECKPOINT_CONFIG: open_clip_config(checkpoint).encode(),

@@ -8,10 +8,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit
-from teacher_cache.pipeline.models.run_record import RunRecord
+from teacher_cache.pipeline.models.run_record import Excluded, RunRecord
+from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.twins.exclude import exclude_listed
 from teacher_cache.pipeline.twins.find import Images, Twins, require_comparable, twins_among
-from teacher_cache.storage.errors import CacheError, UsageError
+from teacher_cache.storage.errors import CacheError, CacheMismatchError, UsageError
 from teacher_cache.storage.format.tables import SAMPLES, long_texts
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -50,18 +51,25 @@ def count_learned(record: RunRecord, digests: pa.ChunkedArray, measured: Embeddi
 def learned_rows(record: RunRecord, reader: EmbeddingReader) -> NDArray[np.int64]:
     """Return the rows of its own cache that a student, or a run averaged into it, learned from, ascending.
 
+    A list of images that were left out counts only while it is there and unchanged: rather too many rows than too few.
+
     Raises:
-        UsageError, CacheError: the cache, or the list of images that it left out, cannot be read.
+        UsageError, CacheError: the cache cannot be read.
     """
-    parts = []
-    for config in (record.config, *(run.config for run in record.averaged)):  # runs of one cache
-        rows = reader.row_set(config.split)
-        if config.exclude:
-            excluded = exclude_listed(config.exclude, reader, config.split, rows)
-            if config is record.config and record.excluded and excluded.sha256 != record.excluded.sha256:
-                raise UsageError(f"{excluded.path}: another list than the one that the run left out")
-        parts.append(rows.numbers())
-    return np.unique(np.concatenate(parts))
+    runs = ((record.config, record.excluded), *((run.config, None) for run in record.averaged))  # of one cache
+    return np.unique(np.concatenate([_rows_of_run(config, excluded, reader) for config, excluded in runs]))
+
+
+def _rows_of_run(config: TrainConfig, excluded: Excluded | None, reader: EmbeddingReader) -> NDArray[np.int64]:
+    rows = reader.row_set(config.split)
+    every = rows.numbers()
+    if not config.exclude:
+        return every
+    try:
+        listed = exclude_listed(config.exclude, reader, config.split, rows)
+    except (CacheMismatchError, UsageError):  # moved, or of other images
+        return every
+    return rows.numbers() if excluded is None or listed.sha256 == excluded.sha256 else every
 
 
 def find_learned_twins(record: RunRecord, split: EvaluationSplit) -> Twins | None:
@@ -72,7 +80,8 @@ def find_learned_twins(record: RunRecord, split: EvaluationSplit) -> Twins | Non
     there are more than two billion pairs of images (some 10 s on two cores).
     """
     try:
-        reader = EmbeddingReader(record.config.cache, memory_bytes=_MEMORY_BYTES)
+        same = split.reader.identity.dataset == record.identity.dataset
+        reader = split.reader if same else EmbeddingReader(record.config.cache, memory_bytes=_MEMORY_BYTES)
         if reader.identity.dataset != record.identity.dataset:  # another cache is in its place
             return None
         require_comparable(reader, split.reader)
@@ -82,7 +91,7 @@ def find_learned_twins(record: RunRecord, split: EvaluationSplit) -> Twins | Non
         if too_many or (same_images and len(np.intersect1d(rows, split.image_rows))):
             return None
         images = Images(split.reader, split.image_rows, split.image_root)
-        return twins_among(Images(reader, rows, record.image_root), images)
+        return twins_among(Images(reader, rows, split.image_root if same else record.image_root), images)
     except (CacheError, UsageError):  # moved, damaged, or of another teacher
         return None
 

@@ -206,7 +206,7 @@ def open_split(config: EvaluateConfig) -> EvaluationSplit:
     reader = EmbeddingReader(config.cache or record.config.cache)
     way_out = (
         f"{config.run} was trained on {record.config.cache}: measure on a cache of the same teacher and preprocessing, "
-        "or accept a difference by --accept-mismatch FIELD of evaluate or promote, which the result then names."
+        "or accept a difference by --accept-mismatch FIELD, which the result then names."
     )
     # views may differ: view 0, the only one measured, is the evaluation crop in every cache
     expected = record.identity.model_copy(update={"views": reader.identity.views})

@@ -97,6 +97,8 @@ class RunFolder:
         """
         self.require_free()
         for leftover in _MADE_BY_TRAINING:
+            if (self.path / leftover).is_symlink():  # what lies behind it may be somebody else's
+                (self.path / leftover).unlink()
             shutil.rmtree(self.path / leftover, ignore_errors=True)
         for leftover in (_LOG, _TRACKER_ID):
             (self.path / leftover).unlink(missing_ok=True)

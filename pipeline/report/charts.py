@@ -83,12 +83,15 @@ def main_chart_png(data: ReportData) -> bytes:
 def newest_evaluations(run: RunReport, manifest_digest: str) -> list[EvaluateResult]:
     """Return the newest evaluation of a run's student on each split; a split that it was chosen on comes last.
 
+    Evaluations on captions of one kind are left out: their recall is not that of the split.
+
     Args:
         manifest_digest: manifest digest of the report's cache; evaluations on other data are left out.
     """
     newest: dict[str, EvaluateResult] = {}
     for evaluation in run.evaluations:
-        if evaluation.student is not None and not of_other_data(evaluation, manifest_digest):
+        whole = evaluation.student is not None and evaluation.caption_kind is None
+        if whole and not of_other_data(evaluation, manifest_digest):
             newest.setdefault(evaluation.split, evaluation)
     return sorted(newest.values(), key=lambda evaluation: evaluation.chosen_on == evaluation.split)
 
@@ -161,7 +164,9 @@ def _teacher_recall(data: ReportData) -> Chart | None:
     for run in data.runs:
         for result in run.evaluations:
             # another digest means another teacher or other rows
-            if result.split not in seen and result.cache_manifest_digest == data.info.manifest_digest:
+            if result.split in seen or result.caption_kind is not None:
+                continue
+            if result.cache_manifest_digest == data.info.manifest_digest:
                 if len(seen) + 1 < MOST_SERIES:
                     series = f"split {result.split}, {result.images:,} images"
                     rows += _recall_rows(

@@ -202,7 +202,8 @@ def _evaluations(data: ReportData) -> list[tuple[str, list[list[str]]]]:
     tables: dict[tuple[str, str], list[list[str]]] = {}
     for run in data.runs:
         for item in run.evaluations:
-            on = f"{item.split}: {item.images:,} images, {item.captions:,} captions"
+            kind = "" if item.caption_kind is None else f" of kind {item.caption_kind}"
+            on = f"{item.split}: {item.images:,} images, {item.captions:,} captions{kind}"
             if of_other_data(item, data.info.manifest_digest):
                 on += f", of {as_utf8(item.cache)}"
             teacher = ["teacher", "–", *_recalls(item.teacher, item.teacher_intervals)]

@@ -32,9 +32,11 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 
 _MEMORY_BYTES = 64 << 20  # each chunk is read once
 _CLOSER = 4  # candidates are this many times as near as two images usually are
+_MOST_LEAST = 0.98  # images that are nearly all alike: float16 rows of equal ones differ
 _MOST_NEAR = 16
 _MISSES = 3  # nearest rows in a row that are other pictures, after which no further one is compared
 _AT_ONCE = 1_024
+_OPEN_FILES = 16  # of a table: each is proven when it is opened
 
 _Rows = NDArray[np.int64]
 Kind = Literal["same bytes", "same picture", "mirrored"]
@@ -66,7 +68,7 @@ class Twins(BaseModel, frozen=True):
     quarantined: int = Field(description="Number of images of both without an embedding, which are not compared.")
     least_cosine: float = Field(description="Minimum cosine of pairs whose pictures are compared.")
     least_likeness: float = Field(description="Likeness of pixels from which two pictures are the same.")
-    near: int = Field(description="Number of pairs that reach the minimum cosine, at most 16 for each other image.")
+    near: int = Field(description="Number of pairs that reach the minimum cosine: the 16 nearest of each other image.")
     unread: int = Field(description="Number of other images that were not compared: a picture cannot be read.")
     unread_first: str | None = Field(None, description="Reason for the first of them.")
     twins: tuple[Twin, ...] = Field(description="The twins, by row of the image to learn from.")
@@ -149,7 +151,8 @@ def find_twins(
     splits = reader.identity.dataset.splits
     split = split or ("train" if len(splits) > 1 else next(iter(splits)))
     rows = reader.image_rows(split)
-    other_rows, other_count = _others(other, against_split, None if other is not reader else split)
+    same = reader.identity.dataset.samples_sha256 == other.identity.dataset.samples_sha256
+    other_rows, other_count = _others(other, against_split, split if same else None)
     learned = Images(reader, rows, image_root or reader.manifest.source.image_root)
     others = Images(other, other_rows, (against_root if against else image_root) or other.manifest.source.image_root)
     found = twins_among(learned, others, least, progress)
@@ -202,7 +205,7 @@ def twins_among(learned: Images, others: Images, least: float | None = None, pro
     started = time.perf_counter()
     queries = read_queries(others.reader, others.rows)
     if least is None:
-        least = 1 - (1 - usual_cosine(queries)) / _CLOSER
+        least = min(1 - (1 - usual_cosine(queries)) / _CLOSER, _MOST_LEAST)
     near = nearest_rows(queries, learned.reader, learned.rows, least, _MOST_NEAR, stage(progress, "compare rows"))
     compared = list(_compared(learned, others, near, stage(progress, "compare pictures")))
     unread = [result.unread for result in compared if result.unread is not None]
@@ -231,15 +234,15 @@ def _compared(
 ) -> Iterator[_Compared]:
     """Yield the result of each other image that has near rows."""
     sources = StoredImages(ImageSource(learned.root)), StoredImages(ImageSource(others.root))
+    samples, own_samples = (images.reader.table(SAMPLES, open_files=_OPEN_FILES) for images in (learned, others))
     starts = np.flatnonzero(np.diff(near.query, prepend=-1))
     with ThreadPoolExecutor(decode_threads()) as pool:
         for at in range(0, len(starts), _AT_ONCE):
             stop = starts[at + _AT_ONCE] if at + _AT_ONCE < len(starts) else len(near.query)
             part = near.taken(slice(starts[at], stop))
-            table = learned.reader.table_rows(SAMPLES, part.row)
-            records = sample_records(table)
+            records = sample_records(samples.take(part.row))
             queries, first = np.unique(part.query, return_index=True)
-            own = others.reader.table_rows(SAMPLES, others.rows[queries])
+            own = own_samples.take(others.rows[queries])
             groups = [
                 (image, split, records[start:end], part.cosine[start:end].tolist())
                 for image, split, start, end in zip(
@@ -259,24 +262,25 @@ def _compare(
 ) -> _Compared:
     """Compare one other image with its nearest rows, until some in a row are other pictures."""
     twins: list[Twin] = []
-    picture, misses = None, 0
+    picture, misses, unread = None, 0, None
 
     def add(row: SampleRecord, cosine: float, kind: Kind, likeness: float) -> None:
         both = {"sample_id": row.sample_id, "row": row.row, "twin": image.sample_id, "twin_row": image.row}
         twins.append(Twin(**both, twin_split=split or "", kind=kind, cosine=min(cosine, 1.0), likeness=likeness))
 
-    try:
-        for row, cosine in zip(near, cosines, strict=True):
-            if row.content_sha256 == image.content_sha256:
-                add(row, cosine, "same bytes", 1.0)
-                continue
-            if misses == _MISSES:
-                continue
+    for row, cosine in zip(near, cosines, strict=True):
+        if row.content_sha256 == image.content_sha256:
+            add(row, cosine, "same bytes", 1.0)
+            continue
+        if misses == _MISSES:
+            continue
+        try:
             picture = picture or Picture(sources[1].read(image))
             value, mirrored = picture.likeness(Picture(sources[0].read(row)))
-            if value >= LEAST_LIKENESS:
-                add(row, cosine, "mirrored" if mirrored else "same picture", value)
-            misses = 0 if value >= LEAST_LIKENESS else misses + 1
-    except (OSError, CacheMismatchError, UndecodableImageError) as error:
-        return _Compared(twins, str(error))
-    return _Compared(twins, None)
+        except (OSError, CacheMismatchError, UndecodableImageError) as error:
+            unread, misses = unread or str(error), misses + 1
+            continue
+        if value >= LEAST_LIKENESS:
+            add(row, cosine, "mirrored" if mirrored else "same picture", value)
+        misses = 0 if value >= LEAST_LIKENESS else misses + 1
+    return _Compared(twins, unread)

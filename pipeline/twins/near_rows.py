@@ -93,7 +93,8 @@ def nearest_rows(
         for start, short_queries in zip(_starts(queries), short, strict=True):
             part = queries[start : start + _BLOCK_ROWS]
             near = _near(part, short_queries, block, bounds, least).nearest(most)
-            new.append(NearRows(near.query + start, numbers[near.row], near.cosine))
+            if len(near.query):
+                new.append(NearRows(near.query + start, numbers[near.row], near.cosine))
         if sum(len(part.query) for part in new) > max(_PRUNED_PAIRS, len(best.query)):
             best, new = NearRows.joined([best, *new]).nearest(most), []
         done += len(numbers)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 _HIDDEN = "***"
+# not printable to Python, and part of names: no-break and ideographic space, joiners of Persian, Hindi and emoji
+_HARMLESS = "\n\u00a0\u3000\u200c\u200d"
 
 # `s3://KEY:SECRET@bucket`: AWS secrets may hold slashes, so everything up to an @ belongs to it, unless what
 # follows the colon is a port (`http://host:9000/me@example`) or the colon is one of an ARN's
@@ -49,5 +51,5 @@ def printable(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Replace characters that are not printable, such as terminal escapes. Line ends stay."""
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    """Replace characters that are not printable, such as terminal escapes. Line ends, spaces and joiners stay."""
+    return "".join(char if char.isprintable() or char in _HARMLESS else "\N{REPLACEMENT CHARACTER}" for char in text)

@@ -149,6 +149,7 @@ def test_a_wrong_assignment_says_what_is_wrong(assignment: str, message: str) ->
         (["trian"], "No such command 'trian'. Did you mean 'train'?"),
         (["student", "inhert"], "No such command 'inhert'. Did you mean 'inherit'?"),
         (["students", "mean"], "No such command 'mean'. It is teacher-cache student mean."),
+        (["promote"], "No such command 'promote'. It is teacher-cache students promote."),
         (["soup"], "No such command 'soup'. teacher-cache --help lists all."),
         (["train", "--epocs", "3"], "No such option '--epocs'. Did you mean --epochs?"),
         (["train", "--weight-decay", "3"], "No such option '--weight-decay'. Did you mean --set weight_decay=VALUE?"),

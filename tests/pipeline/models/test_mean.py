@@ -269,3 +269,15 @@ def test_a_run_of_somebody_else_removes_nothing_outside(runs: Path, tmp_path: Pa
     with pytest.raises(UsageError, match="is a link, and a training removes" if way != "record" else "checkpoint"):
         train(record.config.model_copy(update={"out": str(run)}), resume=True)
     assert (home / "resume").is_dir()
+
+
+def test_a_run_that_begins_again_writes_behind_no_link(runs: Path, tmp_path: Path) -> None:
+    run, home = tmp_path / "run", tmp_path / "home"
+    (home / "mine").mkdir(parents=True)
+    run.mkdir()
+    record = RunFolder(runs / "a").read().model_copy(update={"checkpoint": None, "best": None})
+    RunFolder(run).write(record)
+    (run / "checkpoints").symlink_to(home)
+    RunFolder(run).start(record)
+    assert not (run / "checkpoints").exists()
+    assert (home / "mine").is_dir()

@@ -326,6 +326,12 @@ def test_what_was_measured_on_other_data_is_no_result_of_this_cache(home: Path, 
     assert [note for note in notes if "other.cache" in note] == [
         f"{run}: also measured on other.cache: rows of the table that say so, no more."
     ]
+    # nor is one on captions of one kind
+    kind = here.model_copy(update={"caption_kind": "synthetic", "date": "2999-01-02 00:00:00"})
+    folder.keep_evaluation("train-synthetic", str(here.checkpoint), digest, kind.model_dump_json().encode())
+    (with_kind,), _ = read_runs([str(run)], digest)
+    assert with_kind.evaluations[0].caption_kind == "synthetic"
+    assert {each.caption_kind for each in newest_evaluations(with_kind, digest)} == {None}
     # of that cache's own report it is the result
     assert "other.cache" in {each.cache for each in newest_evaluations(report, "f" * 64)}
 

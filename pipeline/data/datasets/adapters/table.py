@@ -18,7 +18,8 @@ writes, see :mod:`teacher_cache.pipeline.data.datasets.columnar`. Then each row 
 of ids says otherwise; its ``sample_id`` is the id, else the path beside the picture, else file and row.
 
 Captions of several kinds stand in a column each, ``?caption=real:alt,synthetic:blip``, or have their kind in a column,
-``?kind=source``. Then an empty cell of a kind's column is no caption, and the captions of an image are sorted by kind.
+``?kind=source``. An empty cell of the former is no caption; a row without a kind in the latter is left out. Captions
+of an image are sorted by kind.
 
 Columns are found by name, ignoring case. An option names another column, or ignores an optional one if empty
 (``?id=``).
