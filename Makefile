@@ -56,7 +56,7 @@ $(DEV): $(STAMP)
 demo: install  ## precompute, train and evaluate on shipped scenes: one table in a few minutes
 	$(BIN)/teacher-cache demo
 
-test: dev  ## every promise at reduced counts; 13 to 24 minutes on 2 cores
+test: dev  ## every promise at reduced counts; 22 to 29 minutes on 2 cores
 	$(PYTEST) -m "not slow"
 
 test-all: test  ## every test: make test, then the rest, with all kills, injections, S3, Ray, browser, PostgreSQL
