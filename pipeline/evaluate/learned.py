@@ -30,10 +30,8 @@ def count_learned(record: RunRecord, digests: pa.ChunkedArray, measured: Embeddi
         measured: the measured cache, read in place of the student's if it is of the same dataset.
     """
     try:
-        reader = measured
-        if reader is None or reader.identity.dataset != record.identity.dataset:
-            reader = EmbeddingReader(record.config.cache)
-        if reader.identity.dataset != record.identity.dataset:  # another cache is in its place
+        reader = _own_cache(record, measured)
+        if reader is None:
             return None
         of_run = np.zeros(len(reader), bool)
         of_run[learned_rows(record, reader)] = True
@@ -46,6 +44,19 @@ def count_learned(record: RunRecord, digests: pa.ChunkedArray, measured: Embeddi
     except (CacheError, UsageError):  # moved, or damaged
         return None
     return int(learned.sum())
+
+
+def _own_cache(record: RunRecord, measured: EmbeddingReader | None) -> EmbeddingReader | None:
+    """Return the measured cache if a student learned from its dataset, else the student's own. None: another is there.
+
+    Raises:
+        CacheError: the student's own cache cannot be read.
+    """
+    dataset = record.identity.dataset
+    if measured is not None and measured.identity.dataset == dataset:
+        return measured
+    own = EmbeddingReader(record.config.cache, memory_bytes=_MEMORY_BYTES)
+    return own if own.identity.dataset == dataset else None
 
 
 def learned_rows(record: RunRecord, reader: EmbeddingReader) -> NDArray[np.int64]:
@@ -80,9 +91,8 @@ def find_learned_twins(record: RunRecord, split: EvaluationSplit) -> Twins | Non
     there are more than two billion pairs of images (some 10 s on two cores).
     """
     try:
-        same = split.reader.identity.dataset == record.identity.dataset
-        reader = split.reader if same else EmbeddingReader(record.config.cache, memory_bytes=_MEMORY_BYTES)
-        if reader.identity.dataset != record.identity.dataset:  # another cache is in its place
+        reader = _own_cache(record, split.reader)
+        if reader is None:
             return None
         require_comparable(reader, split.reader)
         rows = learned_rows(record, reader)
@@ -91,7 +101,9 @@ def find_learned_twins(record: RunRecord, split: EvaluationSplit) -> Twins | Non
         if too_many or (same_images and len(np.intersect1d(rows, split.image_rows))):
             return None
         images = Images(split.reader, split.image_rows, split.image_root)
-        return twins_among(Images(reader, rows, split.image_root if same else record.image_root), images)
+        return twins_among(
+            Images(reader, rows, split.image_root if reader is split.reader else record.image_root), images
+        )
     except (CacheError, UsageError):  # moved, damaged, or of another teacher
         return None
 

@@ -88,7 +88,7 @@ def known_keys(manifest: CacheManifest) -> set[str]:
 
 
 def _behind_link(files: CacheFiles, key: str) -> bool:
-    """Return whether a link leads to an object's folder: what lies there may be somebody else's."""
+    """Return whether a link leads to the folder of an object."""
     if not isinstance(files, LocalFiles):
         return False
     root, folder = Path(files.path("")).resolve(), Path(files.path(key)).parent

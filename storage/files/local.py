@@ -127,12 +127,13 @@ class LocalFiles(CacheFiles):
         """Make a folder. An existing one is synced into its parent too: its maker may have been killed before that."""
         if folder in self._durable and folder.is_dir():
             return
-        make_folder(folder)
+        made = make_folder(folder)
         for path in (folder, *folder.parents):
             if path in self._durable or not path.is_relative_to(self._root):
                 break
-            with contextlib.suppress(PermissionError):  # the user's own folder, in one that may not be listed
-                sync(path.parent)
+            if path not in made:
+                with contextlib.suppress(PermissionError):  # the user's own folder, in one that may not be listed
+                    sync(path.parent)
             self._durable.add(path)
 
 
@@ -169,8 +170,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, each synced into its parent: an object is as durable as its path."""
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder and its parents, each synced into its parent: an object is as durable as its path.
+
+    Returns:
+        The folders that were made.
+    """
     missing = []
     while not folder.is_dir():
         missing.append(folder)
@@ -178,6 +183,7 @@ def make_folder(folder: Path) -> None:
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
         sync(path.parent)
+    return missing
 
 
 def sync(path: Path) -> None:

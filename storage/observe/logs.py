@@ -195,7 +195,7 @@ def start_json_logs() -> None:
 
 
 def start_text_logs() -> None:
-    """Write warnings, those of libraries too, to stderr as lines for people."""
+    """Write warnings of this package and of libraries to stderr, as lines for people."""
     _write_by(_text_lines, logging.NOTSET)
 
 

@@ -155,12 +155,16 @@ class EmbeddingReader:
 
     def column(self, table: str, name: str) -> Iterator[pa.ChunkedArray]:
         """Yield a column of a table in parts of at most 65,536 rows. Parts do not stay in memory."""
+        return (part[name] for part in self._columns(table, [name]))
+
+    def _columns(self, table: str, names: list[str]) -> Iterator[pa.Table]:
+        """Yield columns of a table as :meth:`column` does. Each file is read once."""
         with self._named(table):
             whole = self.__dict__.get(table)
-            parts = self.table(table, columns=[name]).parts() if whole is None else [whole]
+            parts = self.table(table, columns=names).parts() if whole is None else [whole]
             for part in parts:
                 for start in range(0, len(part), ROWS_PER_GROUP):
-                    yield part[name].slice(start, ROWS_PER_GROUP)
+                    yield part.select(names).slice(start, ROWS_PER_GROUP)
 
     @contextmanager
     def _named(self, table: str) -> Iterator[None]:
@@ -192,11 +196,10 @@ class EmbeddingReader:
         With K kinds, the captions of image ``i`` and kind number ``k`` of :attr:`caption_kinds` have entry K * i + k.
         """
         kinds = pa.array(self.caption_kinds, pa.string())
-        columns = zip(self.column(CAPTIONS, "image_row"), self.column(CAPTIONS, KIND), strict=True)
         owners = (
-            images.to_numpy() * len(kinds)
-            + pc.fill_null(pc.index_in(part, value_set=kinds).cast(pa.int64()), _NO_ENTRY).to_numpy()
-            for images, part in columns
+            part["image_row"].to_numpy() * len(kinds)
+            + pc.fill_null(pc.index_in(part[KIND], value_set=kinds).cast(pa.int64()), _NO_ENTRY).to_numpy()
+            for part in self._columns(CAPTIONS, ["image_row", KIND])
         )
         return CaptionIndex(len(self) * len(kinds), owners, f"{self.location}/{CAPTIONS}, {len(kinds)} kinds an image")
 

@@ -127,7 +127,7 @@ def _joined(first: EmbeddingReader, other: EmbeddingReader, captions: bool) -> J
 
 
 def _lacking(first: EmbeddingReader, cache: JoinedCache, rows: RowSet, captions: bool) -> tuple[NDArray[np.int64], int]:
-    """Return the images that a cache lacks or of which it lacks a caption, and the number of the former."""
+    """Return the images without a counterpart, or with a caption without one, and the number of the former."""
     lacking, without_image = [np.empty(0, np.int64)], 0
     for part in rows.parts():
         lost = cache.images[part] < 0

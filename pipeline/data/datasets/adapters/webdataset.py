@@ -32,7 +32,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import fsspec
 
@@ -457,10 +457,13 @@ def _add_text(
         member.texts[ending] = text.splitlines() if texts.lines else [text]
         return None
     keys = texts.keys[ending]
-    if texts.kinds and ending == "json":
-        captions = _kinds_in_json(text, texts.kinds, member)
+    record = _json_object(text)
+    if isinstance(record, str):
+        captions: list[str] | str = record
+    elif texts.kinds and ending == "json":
+        captions = _captions_by_kind(record, texts.kinds, member)
     else:
-        captions = _json_captions(text, keys)
+        captions = _captions_under(record, keys)
     if isinstance(captions, str):
         wanted_as = f"its captions are wanted as {' or '.join(keys)}, or by ?caption=KEY"
         return "bad-record", f"{captions}; {wanted_as if ending == 'json' else f'{keys[0]} is wanted'}"
@@ -468,23 +471,26 @@ def _add_text(
     return None
 
 
-def _kinds_in_json(text: str, kinds: Mapping[str, str], member: _Member) -> list[str] | str:
+def _captions_by_kind(record: dict[str, Any], kinds: Mapping[str, str], member: _Member) -> list[str] | str:
     """Add the captions of a JSON object to a member by kind. Return them, or what it is if it has none of the keys."""
-    read = {kind: _json_captions(text, (key,)) for kind, key in kinds.items() if not key.startswith(".")}
+    read = {kind: _captions_under(record, (key,)) for kind, key in kinds.items() if not key.startswith(".")}
     member.by_kind = {kind: captions for kind, captions in read.items() if isinstance(captions, list)}
     return [text for own in member.by_kind.values() for text in own] if member.by_kind else next(iter(read.values()))
 
 
-def _json_captions(text: str, keys: tuple[str, ...]) -> list[str] | str:
-    """Return the captions of a JSON object, a text or a list of texts under one of the keys, or what it is instead."""
+def _json_object(text: str) -> dict[str, Any] | str:
+    """Return a JSON object, or what the text is instead."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
         return "not JSON"
-    if not isinstance(content, dict):
-        return f"a JSON {type(content).__name__}"
+    return content if isinstance(content, dict) else f"a JSON {type(content).__name__}"
+
+
+def _captions_under(record: dict[str, Any], keys: tuple[str, ...]) -> list[str] | str:
+    """Return a text, or a list of texts, under one of the keys, or what the record is if it has none."""
     for key in keys:
-        captions = [content[key]] if isinstance(content.get(key), str) else content.get(key)
+        captions = [record[key]] if isinstance(record.get(key), str) else record.get(key)
         if isinstance(captions, list) and all(isinstance(one, str) for one in captions):
             return captions
-    return f"a JSON object with the keys {', '.join(map(str, content)) or 'none'}"
+    return f"a JSON object with the keys {', '.join(map(str, record)) or 'none'}"
