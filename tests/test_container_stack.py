@@ -206,7 +206,9 @@ def test_a_deployment_encodes_into_the_store_and_verify_proves_it(stack: Stack, 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "128 images" in done.stdout
     # in another container: of the same store, with no way to it but the environment
-    listed = stack.place.run(stack.services["setup"], ["teacher-cache", "ls", precomputed.rpartition("/")[0], "--json"])
+    listed = stack.place.run(
+        stack.services["setup"], ["teacher-cache", "info", precomputed.rpartition("/")[0], "--json"]
+    )
     assert precomputed in listed.stdout, listed.stderr
 
 

@@ -1,4 +1,4 @@
-"""How long a user waits: `--help`, `info` and `ls` as whole processes, and opening a large cache.
+"""How long a user waits: `--help`, `info`, of a cache and of a folder, as whole processes, and opening a large cache.
 
 The floor beside ``info`` is a process that imports the libraries which it cannot do without and does nothing.
 """
@@ -45,7 +45,7 @@ def measure(settings: Settings) -> list[Row]:
     seconds = interleave(
         {
             "help": lambda: _run("-m", "teacher_cache.pipeline.cli.app", "--help"),
-            "ls large": lambda: _run("-m", "teacher_cache.pipeline.cli.app", "ls", large),
+            "info folder": lambda: _run("-m", "teacher_cache.pipeline.cli.app", "info", str(Path(large).parent)),
             "info": lambda: _run("-m", "teacher_cache.pipeline.cli.app", "info", flickr),
             "info large": lambda: _run("-m", "teacher_cache.pipeline.cli.app", "info", large),
             "libraries": lambda: _run("-c", _LIBRARIES),
@@ -57,7 +57,7 @@ def measure(settings: Settings) -> list[Row]:
     libraries = "the whole process; beside it one that imports click, rich and pydantic and ends"
     return [
         _limit("teacher-cache --help", libraries, seconds["help"], 0.6, floor),
-        _limit(f"teacher-cache ls, {many:,} images", libraries, seconds["ls large"], 0.5, floor),
+        _limit(f"teacher-cache info of a folder, {many:,} images", libraries, seconds["info folder"], 0.5, floor),
         _limit(f"teacher-cache info, {small:,} images", libraries, seconds["info"], 0.5, floor),
         _limit(f"teacher-cache info, {many:,} images", libraries, seconds["info large"], 0.5, floor),
         _limit(f"EmbeddingReader() of {many:,} images", "a new process, imports not counted", opened[1:], 0.2),

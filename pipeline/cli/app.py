@@ -35,8 +35,7 @@ register(
     ("Student", "zero-shot", "evaluate", "Measure the zero-shot accuracy of a student, a teacher or both."),
     ("Ship", "deploy", "deploy", "Ship a student: ONNX, int8, open_clip weights, tokenizer, a table of measurements."),
     ("Ship", "infer", "deploy", "Score texts against images with a deployed student."),
-    ("Ship", "students", "champions", "Champions and challengers: list, promote, rollback."),
-    ("Operate", "retrain", "champions", "Retrain and promote a student if the dataset has changed."),
+    ("Ship", "students", "champions", "Champions and challengers: list, promote, retrain, rollback."),
     ("Operate", "report", "report", "Write one HTML page about a cache and its students."),
     ("Operate", "demo", "demo", "Run the main job on built-in scenes: precompute, train, evaluate."),
 )

@@ -1,4 +1,4 @@
-"""The commands ``students`` and ``retrain``."""
+"""The commands ``students``: champions and challengers, and retraining."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _list(registry: str, champion: bool, as_json: bool) -> None:
     if not students and Path(registry).is_dir() and (run := similar_names(registry, RUN)):
         raise UsageError(
             f"{registry}: no registry of students, but a folder of training runs.{run} teacher-cache students list "
-            "REGISTRY lists what promote measured, report CACHE --run RUN shows runs, ls FOLDER lists caches"
+            "REGISTRY lists what promote measured, report CACHE --run RUN shows runs, info FOLDER lists caches"
         )
     number = promotions[-1].candidate if promotions else None
     if champion:
@@ -98,9 +98,6 @@ def _rollback(registry: str, to: int | None, as_json: bool) -> None:
         say(f"{registry}: {again}, after student {promotion.before}")
 
 
-students = Group("students", commands=[_list, _promote, _rollback], no_args_is_help=True)
-
-
 @settings_command(
     "retrain",
     RetrainConfig,
@@ -108,11 +105,11 @@ students = Group("students", commands=[_list, _promote, _rollback], no_args_is_h
         *("dataset", "teacher", "pretrained", "home", "caches", "dtype", "decoder", "student"),
         *("start", "split", "margin", "min_retention", "max_removed", "ship", "device"),
     ),
-    example="retrain configs/retrain.toml",
+    example="students retrain configs/retrain.toml",
 )
 @json_flag
-def retrain(config: RetrainConfig, as_json: bool) -> None:
-    """Do nothing without new data. Exit 1 if the student is rejected."""
+def _retrain(config: RetrainConfig, as_json: bool) -> None:
+    """Retrain and promote a student if the dataset has changed. Exit 1 if the student is rejected."""
     from teacher_cache.pipeline.promote.retrain import retrain as run
 
     with StageProgress() as progress:
@@ -120,6 +117,9 @@ def retrain(config: RetrainConfig, as_json: bool) -> None:
     print_result(result, as_json, retrain_lines)
     if result.outcome == "rejected":
         sys.exit(1)
+
+
+students = Group("students", commands=[_list, _promote, _retrain, _rollback], no_args_is_help=True)
 
 
 def _verdict(result: PromoteResult) -> Iterator[str]:

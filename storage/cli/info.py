@@ -1,4 +1,4 @@
-"""The commands that look at caches without reading embeddings: ``ls``, ``info``."""
+"""The command that looks at caches without reading embeddings: ``info``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from teacher_cache.storage.cli.app import cache_argument, command, json_flag, option, print_result
+from teacher_cache.storage.cli.app import cache_argument, command, json_flag, option, print_result, refuse_unused
 from teacher_cache.storage.cli.tables import Facts, Part, Table
+from teacher_cache.storage.errors import CacheNotFoundError
 from teacher_cache.storage.files.location import is_several
 from teacher_cache.storage.observe.quantities import byte_size, counted, duration, rates
 
@@ -22,22 +23,6 @@ if TYPE_CHECKING:
 
 _BAR = 24  # characters
 _COLUMNS = ("cache", "teacher", "dataset", "images", "captions", "coverage", "size", "age")
-
-
-@command("ls", example="ls caches")
-@cache_argument(
-    "location", "Folder or URL to search. Default: the current folder.", metavar="[PATH]", default=".", callback=None
-)
-@option("--depth", "Levels of folders to search.", 4, least=0)
-@json_flag
-def ls(location: str, depth: int, as_json: bool) -> None:
-    """Exit 1 if one of the caches cannot be used. Only manifests are read."""
-    from teacher_cache.storage.look.listing import list_caches
-
-    listing = list_caches(location, depth)
-    print_result(listing, as_json, partial(_listing_parts, depth=depth))
-    if any(cache.problem for cache in listing.caches):
-        sys.exit(1)
 
 
 def _listing_parts(listing: CacheListing, depth: int) -> Iterator[Part]:
@@ -80,18 +65,44 @@ def _age(age: timedelta) -> str:
 
 
 @command("info", example="info caches/coco.cache")
-@cache_argument()
+@cache_argument(
+    "place", "Folder or URL of a cache, or above caches. Default: the current folder.", metavar="[PLACE]", default="."
+)
 @click.option(
     "--problems", is_flag=True, help="List every image or line of the dataset that has no embedding, and why."
 )
+@option("--depth", "Levels of folders to search for caches.", 4, least=0)
 @json_flag
-def info(cache: str, problems: bool, as_json: bool) -> None:
-    """Read no embeddings."""
-    describe, listed = _about(cache)
+def info(place: str, problems: bool, depth: int, as_json: bool) -> None:
+    """List the caches in and below PLACE if it is no cache. Exit 1 if one of them cannot be used.
+
+    Read no embeddings.
+    """
+    describe, listed = _about(place)
     if problems:
-        print_result(listed(cache), as_json, _problem_lines)
+        print_result(listed(place), as_json, _problem_lines)
+        return
+    try:
+        about = describe(place)
+    except CacheNotFoundError:
+        if not _list(place, depth, as_json):
+            raise
     else:
-        print_result(describe(cache), as_json, lambda about: [_info_table(about)])
+        refuse_unused(("depth",), f"on the cache {place}")
+        print_result(about, as_json, lambda about: [_info_table(about)])
+
+
+def _list(place: str, depth: int, as_json: bool) -> bool:
+    """Print the caches below a folder or URL; return False if it holds none."""
+    from teacher_cache.storage.look.listing import list_caches
+
+    listing = list_caches(place, depth)
+    if not listing.caches and not listing.not_entered:
+        return False
+    print_result(listing, as_json, partial(_listing_parts, depth=depth))
+    if any(cache.problem for cache in listing.caches):
+        sys.exit(1)
+    return True
 
 
 def _about(cache: str) -> tuple[Callable[[str], CacheInfo], Callable[[str], CacheProblems]]:
@@ -112,7 +123,7 @@ def _problem_lines(result: CacheProblems) -> list[str]:
 
 
 def _info_table(cache_info: CacheInfo) -> Facts:
-    from teacher_cache.storage.format.manifest import (  # pydantic: not for ls and --help
+    from teacher_cache.storage.format.manifest import (  # pydantic: not for --help
         IMPORTED,
         IMPORTED_ROWS,
     )

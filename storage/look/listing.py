@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-from teacher_cache.storage.errors import CacheCorruptError, CacheError, CacheFormatError, CacheNotFoundError
+from teacher_cache.storage.errors import CacheCorruptError, CacheError, CacheFormatError
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.files.protocol import CacheFiles
@@ -19,7 +19,7 @@ from teacher_cache.storage.format.manifest import MANIFEST_KEY, CacheManifest
 
 
 class ListedCache(BaseModel, frozen=True):
-    """One line of ``teacher-cache ls``; unknown fields of a damaged cache are None."""
+    """One line of ``teacher-cache info`` of a folder; unknown fields of a damaged cache are None."""
 
     location: str
     teacher: str | None = None
@@ -36,7 +36,7 @@ class ListedCache(BaseModel, frozen=True):
 
 
 class CacheListing(BaseModel, frozen=True):
-    """Result of ``teacher-cache ls``."""
+    """Result of ``teacher-cache info`` of a folder."""
 
     location: str
     caches: tuple[ListedCache, ...]
@@ -55,12 +55,9 @@ def list_caches(location: str, depth: int = 4) -> CacheListing:
         depth: levels of folders below the location to search.
 
     Raises:
-        CacheNotFoundError: a local path that does not exist.
         CacheUnreachableError, CacheAccessError: the store does not answer, or refuses.
     """
     files = open_files(location)
-    if "://" not in location and not Path(location).is_dir():
-        raise CacheNotFoundError(f"{location}: no such folder. Check the path; ls looks for caches in and below it.")
     caches: list[ListedCache] = []
     queue: deque[tuple[str, int]] = deque([("", 0)])
     seen: set[str] = set()

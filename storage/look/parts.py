@@ -16,7 +16,7 @@ def describe_parts(location: str) -> CacheInfo:
     """Return the state of the finished caches that a pattern names, as one.
 
     Raises:
-        CacheIncompleteError: one is not finished. ``ls`` shows how far each is.
+        CacheIncompleteError: one is not finished. ``teacher-cache info`` of their folder shows how far each is.
         CacheError: as :func:`teacher_cache.storage.read.several.parts.open_parts`.
     """
     parts = open_parts(location)

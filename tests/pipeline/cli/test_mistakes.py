@@ -119,7 +119,7 @@ CASES = [
         2,
         "wanted here: teacher-cache deploy --run r1 --out deployed/a makes one",
     ),
-    ("retrain --batch-size 3", 2, "No such option '--batch-size'. Did you mean --set train.batch_size=VALUE?"),
+    ("students retrain --batch-size 3", 2, "No such option '--batch-size'. Did you mean --set train.batch_size=VALUE?"),
     # values: the message names what was typed
     (f"{TRAIN} --epochs three", 2, "train: --epochs: 'three' is not a whole number\n"),
     (f"{TRAIN} --epochs 0", 2, "train: --epochs: must be greater than 0, not 0\n"),

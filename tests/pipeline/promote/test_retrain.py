@@ -208,7 +208,7 @@ def test_the_command_takes_a_run_file(
     )
 
     def run(*flags: str) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["teacher-cache", "retrain", f"{home}/retrain.toml", *flags])
+        monkeypatch.setattr("sys.argv", ["teacher-cache", "students", "retrain", f"{home}/retrain.toml", *flags])
         with pytest.raises(SystemExit) as ended:
             main()
         return int(ended.value.code or 0), capsys.readouterr().out

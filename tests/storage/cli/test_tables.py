@@ -93,7 +93,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("command", "keys"),
     [
-        ("ls", ("location", "teacher", "dataset", "images", "captions")),
+        ("info .", ("location", "teacher", "dataset", "images", "captions")),
         ("info", ("location", "dataset", "identity_digest", "manifest_digest")),
     ],
 )
@@ -101,19 +101,19 @@ def test_every_name_and_number_stands_on_a_line(
     command: str, keys: tuple[str, ...], width: str | None, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    words = [command] if command == "ls" else [command, next(place.iterdir()).name]
+    words = command.split() if command == "info ." else [command, next(place.iterdir()).name]
     found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
-    found = found["caches"][0] if command == "ls" else found
+    found = found["caches"][0] if command == "info ." else found
     lines = CliRunner(env={"COLUMNS": width}).invoke(app, words).stdout.splitlines()
     for key in keys:
         value = found[key]
         wanted = f"{value:,}" if isinstance(value, int) else value[:12] if key.endswith("digest") else value
         assert any(wanted in line for line in lines), (key, wanted, lines)
-    assert width is not None or command != "ls" or len(lines) == 3
+    assert width is not None or command != "info ." or len(lines) == 3
 
 
 def test_a_pipe_has_no_width_and_a_terminal_has_its_own(place: Path) -> None:
-    command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "ls", str(place)]
+    command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "info", str(place)]
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     piped = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     ours, theirs = pty.openpty()  # 80 columns, as no size is set

@@ -74,7 +74,7 @@ def test_a_cache_on_azure_is_made_verified_listed_and_trained_from(
     again = run_command(*make, "--device", "cpu", env=azurite)
     assert "already complete" in again.stdout
     assert run_command("verify", cache, env=azurite).returncode == 0
-    assert "photos.cache" in run_command("ls", "az://caches", env=azurite).stdout
+    assert "photos.cache" in run_command("info", "az://caches", env=azurite).stdout
     words = ("--student", "scenes-small", "--out", tmp_path / "run", "--epochs", "1", "--batch-size", "16")
     done = run_command("train", "--cache", cache, *words, "--device", "cpu", env=azurite)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""``ls`` and ``info``: what they say, what they read, and what their start imports."""
+"""``info``, of a cache and of a folder: what it says, what it reads, and what its start imports."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.storage.cli.app import complete_location
+from teacher_cache.storage.errors import CacheNotFoundError
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.format.commits import all_chunks
 from teacher_cache.storage.format.journal import ChunkCost
@@ -56,18 +57,19 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # --- how the command starts
 
 
-@pytest.mark.parametrize("command", ["info", "ls"])
-def test_the_start_imports_no_more_than_the_command_needs(command: str, known_cache: Path) -> None:
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_start_imports_no_more_than_the_command_needs(folder: bool, known_cache: Path) -> None:
     code = (
         "import importlib.metadata as m; m.distributions = None  # what reads the metadata of all packages cannot\n"
-        f"import sys; sys.argv = ['teacher-cache', '{command}', sys.argv[1], '--json']; import teacher_cache.pipeline.cli.app as c\n"  # noqa: E501
+        "import sys; sys.argv = ['teacher-cache', 'info', sys.argv[1], '--json']; import teacher_cache.pipeline.cli.app as c\n"  # noqa: E501
         "try: c.main()\n"
         "except SystemExit as e: assert not e.code\n"
         "heavy = {'torch', 'zarr', 'numpy', 'pyarrow', 'fsspec', 'faiss', 'prefect', 'rich.progress', "
         "'teacher_cache.pipeline.settings.base'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(known_cache)], capture_output=True, text=True, check=False)
+    place = known_cache.parent if folder else known_cache
+    done = subprocess.run([sys.executable, "-c", code, str(place)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -85,7 +87,8 @@ sys.meta_path.insert(0, Absent())
 from click.testing import CliRunner
 from teacher_cache.pipeline.cli.app import app
 cache, folder = sys.argv[1:]
-for arguments in (["ls", folder], ["info", cache], ["stats", cache], ["look", cache], ["look", cache, "3"],
+above = cache.rpartition("/")[0]
+for arguments in (["info", above], ["info", cache], ["stats", cache], ["look", cache], ["look", cache, "3"],
                   ["diff", cache, cache], ["gc", cache], ["export", cache, "--out", folder + "/e"], ["verify", cache]):
     for more in ([], ["--json"]):
         if arguments[0] == "export" and more:
@@ -134,7 +137,7 @@ def test_a_shell_completes_commands_and_caches(known_cache: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["ls", "nothing"], 2, "nothing: no such folder. Check the path; ls looks for caches in and below it."),
+        (["info", "nothing"], 2, "start one with teacher-cache precompute"),
         (["stats", "nothing"], 2, "start one with teacher-cache precompute"),
         (["stats", "part.cache"], 1, "0 of 10 chunks are there. Run the same precompute command again"),
         (["look", "part.cache"], 1, "Run the same precompute command again"),
@@ -246,7 +249,7 @@ def test_info_of_a_large_cache_reads_no_more_than_of_a_small_one(
     assert len(reads) == 1 + 4 + 4
 
 
-# --- ls
+# --- info of a folder
 
 
 @pytest.fixture
@@ -263,8 +266,8 @@ def shelf(tmp_path: Path) -> Path:
     return root
 
 
-def test_ls_finds_caches_and_says_what_they_are(shelf: Path, reads: list[str]) -> None:
-    found = answer("ls", str(shelf), code=1)
+def test_info_of_a_folder_finds_caches_and_says_what_they_are(shelf: Path, reads: list[str]) -> None:
+    found = answer("info", str(shelf), code=1)
     by_name = {cache["location"].removeprefix(f"{shelf}/"): cache for cache in found["caches"]}
     assert set(by_name) == {"a/whole.cache", "a/b/part.cache", "bad.cache"}
     assert found["not_entered"] == 1
@@ -287,43 +290,46 @@ def test_ls_finds_caches_and_says_what_they_are(shelf: Path, reads: list[str]) -
     assert whole["committed_bytes"] == stored
     assert whole["modified"] is not None
     assert "It was edited or damaged. Run teacher-cache repair" in by_name["bad.cache"]["problem"]
-    assert {key.rpartition("/")[2] for key in reads} == {"manifest.json"}
+    assert {key.rpartition("/")[2] for key in reads} == {"manifest.json", "manifest.backup.json"}  # of the folder
 
-    deeper = answer("ls", str(shelf), "--depth", "5", code=1)
+    deeper = answer("info", str(shelf), "--depth", "5", code=1)
     assert {cache["location"] for cache in deeper["caches"]} > {str(shelf / "1/2/3/4/5/deep.cache")}
     assert deeper["not_entered"] == 0
 
 
-def test_ls_as_people_see_it(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_of_a_folder_as_people_see_it(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shelf)
-    done = run.invoke(app, ["ls", "a"], env={"COLUMNS": "200"})
+    done = run.invoke(app, ["info", "a"], env={"COLUMNS": "200"})
     assert done.exit_code == 0
     lines = [line for line in done.stdout.splitlines() if "─" not in line]
     assert [line.split()[0] for line in lines] == ["cache", "a/b/part.cache", "a/whole.cache"]
     assert " 40 % " in lines[1]
     assert " complete " in lines[2]
-    assert "1 deeper folder not searched; --depth 5 does" in run.invoke(app, ["ls"]).stdout
-    assert run.invoke(app, ["ls", "web"]).stdout == "no cache in web (1 folder searched)\n"
-    assert answer("ls", "a/whole.cache")["caches"][0]["location"] == "a/whole.cache"
+    assert "1 deeper folder not searched; --depth 5 does" in run.invoke(app, ["info"]).stdout
+    assert "--depth has no effect on the cache a/whole.cache" in str(
+        run.invoke(app, ["info", "a/whole.cache", "--depth", "2"]).exception
+    )
 
 
-def test_ls_follows_each_link_once(shelf: Path) -> None:
-    before = answer("ls", str(shelf), code=1)
+def test_info_of_a_folder_follows_each_link_once(shelf: Path) -> None:
+    before = answer("info", str(shelf), code=1)
     (shelf / "loop").symlink_to("loop")
     (shelf / "a/up").symlink_to("..")
     (shelf / "a/b/here").symlink_to(".")
     (shelf / "z").symlink_to("a/b")
-    assert answer("ls", str(shelf / "z"))["caches"][0]["location"] == str(shelf / "z/part.cache")
+    assert answer("info", str(shelf / "z"))["caches"][0]["location"] == str(shelf / "z/part.cache")
     (shelf / "z").unlink()
-    assert answer("ls", str(shelf), code=1) == before
+    assert answer("info", str(shelf), code=1) == before
 
 
 def denied(*_: object) -> Any:
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def test_ls_passes_over_a_folder_that_may_not_be_entered(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = answer("ls", str(shelf / "a"))
+def test_info_of_a_folder_passes_over_a_folder_that_may_not_be_entered(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = answer("info", str(shelf / "a"))
     (shelf / "a/lost+found").mkdir()
     for name in ("read", "stat"):
         call = getattr(LocalFiles, name)
@@ -332,13 +338,15 @@ def test_ls_passes_over_a_folder_that_may_not_be_entered(shelf: Path, monkeypatc
             name,
             lambda files, key, call=call: denied() if key.startswith("lost+found/") else call(files, key),
         )
-    found = answer("ls", str(shelf / "a"))
+    found = answer("info", str(shelf / "a"))
     assert (found["caches"], found["folders"]) == (before["caches"], before["folders"] + 1)
 
 
-def test_ls_passes_over_an_entry_that_may_not_be_looked_at(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_of_a_folder_passes_over_an_entry_that_may_not_be_looked_at(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A link into another user's folder, say."""
-    before = answer("ls", str(shelf), code=1)
+    before = answer("info", str(shelf), code=1)
     (shelf / "closed").symlink_to("a")
     scandir = os.scandir
 
@@ -348,12 +356,14 @@ def test_ls_passes_over_an_entry_that_may_not_be_looked_at(shelf: Path, monkeypa
             yield [SimpleNamespace(name="closed", is_dir=denied) if each.name == "closed" else each for each in entries]
 
     monkeypatch.setattr(os, "scandir", lambda path: (closed if path == shelf else scandir)(path))
-    assert answer("ls", str(shelf), code=1) == before
+    assert answer("info", str(shelf), code=1) == before
 
 
-def test_ls_shows_a_cache_whose_manifest_may_not_be_read(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_of_a_folder_shows_a_cache_whose_manifest_may_not_be_read(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LocalFiles, "read", lambda files, key: denied() if files.exists(key) else files.stat(key))
-    caches = {cache["location"]: cache["problem"] for cache in answer("ls", str(shelf / "a"), code=1)["caches"]}
+    caches = {cache["location"]: cache["problem"] for cache in answer("info", str(shelf / "a"), code=1)["caches"]}
     assert caches == {
         str(shelf / f"a/{name}"): f"{name}/manifest.json: cannot be read: Permission denied"
         for name in ("b/part.cache", "whole.cache")
@@ -366,12 +376,12 @@ def test_looking_at_an_object_store(s3_location: str, known_cache: Path) -> None
     for name in ("x/one.cache", "two.cache"):
         plan_known_cache(f"{root}/{name}")
     fill(f"{root}/two.cache")
-    found = answer("ls", root)
+    found = answer("info", root)
     assert [cache["location"] for cache in found["caches"]] == [f"{root}/two.cache", f"{root}/x/one.cache"]
     assert [cache["chunks_committed"] for cache in found["caches"]] == [10, 0]
     assert all(cache["modified"] for cache in found["caches"])
     assert answer("info", f"{root}/two.cache")["encode_seconds"] == 20.0
-    assert answer("ls", f"{root}/nothing")["caches"] == []
+    assert isinstance(run.invoke(app, ["info", f"{root}/nothing"]).exception, CacheNotFoundError)
     assert answer("stats", f"{root}/two.cache")["image"]["rows_read"] == 10
     assert answer("look", f"{root}/two.cache", "img-3")["image"]["row"] == 3
     assert answer("diff", f"{root}/two.cache", str(known_cache))["same"]  # made alike, there and here
