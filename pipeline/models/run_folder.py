@@ -27,7 +27,7 @@ from urllib.parse import quote
 
 from pydantic import ValidationError
 
-from teacher_cache.pipeline.models.run_record import RunRecord, other_settings
+from teacher_cache.pipeline.models.run_record import RunRecord
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.local import LocalFiles, make_folder, sync
@@ -145,7 +145,7 @@ class RunFolder:
             )
         differ = [
             f"{name} is {value!r}, the run has {recorded!r}"
-            for name, (value, recorded) in other_settings(record.fitted(config), record.config).items()
+            for name, (value, recorded) in record.other_settings(record.fitted(config)).items()
         ]
         if differ:
             start = f" from it: --init {self.path / str(record.checkpoint)} and" if record.finished else " with"

@@ -92,6 +92,11 @@ class Excluded(BaseModel, frozen=True):
     sha256: str = Field(description="Digest of the file.")
     images: int = Field(description="Number of images of the list that the split has.")
 
+    @property
+    def name(self) -> str:
+        """The file and the start of its digest."""
+        return f"{self.path} (sha256 {self.sha256[:12]})"
+
 
 class RunRecord(BaseModel):
     """Content of ``run.json``: student, cache, settings and progress.
@@ -163,16 +168,31 @@ class RunRecord(BaseModel):
         """Return settings for the cache of this run, as training would record them."""
         return config.fitted(self.identity.dataset.splits, lambda split: self.train_images)
 
+    def other_settings(self, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Return the settings that differ from the run's but must not, as (set, recorded)."""
+        new, old = config.model_dump(mode="json"), self.config.model_dump(mode="json")
+        differ = {name: (new[name], old[name]) for name in old if name not in _MAY_DIFFER and new[name] != old[name]}
+        own, other = self.excluded, _listed(config.exclude, self.excluded)
+        if (own and own.sha256) != (other and other.sha256):
+            differ["exclude"] = other and other.name, own and own.name
+        return differ
+
     def origin(self) -> dict[str, Any]:
         """Return the fields of the record that a checkpoint keeps."""
         made_of = {name for name in ("averaged", "resized", "others") if getattr(self, name)}
         return self.model_dump(mode="json", include=_ORIGIN | made_of)
 
 
-def other_settings(config: TrainConfig, recorded: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ from a run's but must not, as (set, recorded)."""
-    new, old = config.model_dump(mode="json"), recorded.model_dump(mode="json")
-    return {name: (new[name], old[name]) for name in old if name not in _MAY_DIFFER and new[name] != old[name]}
+def _listed(path: str | None, before: Excluded | None) -> Excluded | None:
+    """Return the list of images in a file. One that is gone counts as unchanged."""
+    if path is None:
+        return None
+    file = Path(path).expanduser().absolute()
+    try:
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        sha256 = before.sha256 if before is not None and before.path == str(file) else "not readable"
+    return Excluded(path=str(file), sha256=sha256, images=0)
 
 
 def require_checkpoint(folder: Path) -> None:

@@ -12,7 +12,6 @@ from teacher_cache.pipeline.data.datasets.samples import load_samples
 from teacher_cache.pipeline.data.datasets.spec import check_dataset
 from teacher_cache.pipeline.data.images.decoders import PILLOW
 from teacher_cache.pipeline.models.run_folder import RunFolder
-from teacher_cache.pipeline.models.run_record import other_settings
 from teacher_cache.pipeline.models.teacher import recorded_name
 from teacher_cache.pipeline.precompute.plan import CROP_SETTINGS, ReadDataset, dataset_identity, dataset_tables
 from teacher_cache.pipeline.promote.gate import NOT_SHIPPED, checkpoint_of, missing
@@ -225,7 +224,7 @@ def _run(
         record = folder.read()
         # init as recorded: by now the champion may be this run
         settings_now = record.fitted(settings.training(record.config.cache, name, record.config.init))
-        same = record.student_config == student and not other_settings(settings_now, record.config)
+        same = record.student_config == student and not record.other_settings(settings_now)
         if same and record.cache_manifest_digest == digest:
             return name
     raise AssertionError  # the names do not end

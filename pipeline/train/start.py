@@ -141,8 +141,6 @@ class TrainingCache:
                 "a SigLIP teacher"
             )
         rows, excluded = _rows_to_learn(config, reader, config.split)
-        if begun is not None:
-            _require_same_list(run, excluded, begun.excluded)
         if config.captions_per_image:
             way_out = "Give caption_kinds another kind too." if config.caption_kinds else IMAGES_ALONE
             reader.require_captions(rows, way_out, [*config.caption_kinds])
@@ -169,15 +167,6 @@ class TrainingCache:
 def _rows_to_learn(config: TrainConfig, reader: EmbeddingReader, split: str) -> tuple[RowSet, Excluded | None]:
     rows = reader.row_set(split)
     return rows, exclude_listed(config.exclude, reader, split, rows) if config.exclude else None
-
-
-def _require_same_list(run: RunFolder, excluded: Excluded | None, begun: Excluded | None) -> None:
-    new, old = (f"{one.path} (sha256 {one.sha256[:12]})" if one else "no list" for one in (excluded, begun))
-    if (excluded and excluded.sha256) != (begun and begun.sha256):
-        raise UsageError(
-            f"{run.path}: left out the images of {old} so far, and exclude is {new} now: go on with the same list, or "
-            "train anew with another --out"
-        )
 
 
 def _join(

@@ -21,7 +21,6 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.train.loop import train
-from teacher_cache.pipeline.train.start import TrainingCache
 from teacher_cache.pipeline.twins import near_rows
 from teacher_cache.pipeline.twins.find import Twins, find_twins
 from teacher_cache.pipeline.twins.near_rows import nearest_rows, usual_cosine
@@ -213,9 +212,13 @@ def test_listed_images_are_left_out_and_recorded(cache: str, listed: str, tmp_pa
     without = measure(tmp_path / "rest")
     assert (without.learned_images, without.twins and without.twins.images) == (0, 0)
 
-    config = rest.config.model_copy(update={"exclude": changed_list(listed, tmp_path / "less.json", twins=[])})
-    with pytest.raises(UsageError, match=r"left out the images of .*twins.json .* and exclude is .*less.json"):
-        TrainingCache.open(config, RunFolder(tmp_path / "rest"), rest)
+    train(rest.config, resume=True)
+    for exclude, message in (
+        (None, r"exclude is None, the run has '.*twins.json .sha256"),
+        (changed_list(listed, tmp_path / "less.json", twins=[]), r"exclude is '.*less.json .*, the run has '.*twins"),
+    ):
+        with pytest.raises(UsageError, match=rf"other settings: {message}"):  # the run is finished
+            train(rest.config.model_copy(update={"exclude": exclude}), resume=True)
 
 
 def test_the_page_has_both_pictures_of_each_pair(listed: str) -> None:
