@@ -97,7 +97,7 @@ def _pixels(config: PixelsConfig, as_json: bool) -> None:
     ]
     print_result(result, as_json, lambda _: lines)
     if not as_json:
-        suggest_next(*_training(config.cache, config.student), "--pixels", config.out)
+        suggest_next(*_training(config.cache, config.student), "--pixels", config.out, exclude=config.exclude)
 
 
 @settings_command("cost", CostConfig, example="student cost --run runs/a --teacher local-dir:teacher")

@@ -44,6 +44,9 @@ ReportTo = Annotated[
 ]
 
 
+Exclude = Annotated[str | None, Field(description="File of twins --out: images to leave out. Default: none.")]
+
+
 class TrainConfig(CachesConfig):
     """Train a student from the finished caches of one teacher or several. No teacher is loaded.
 
@@ -87,7 +90,7 @@ class TrainConfig(CachesConfig):
     views: int | None = Field(
         None, gt=0, description="Number of the cache's views to train on, from the first. Default: all."
     )
-    exclude: str | None = Field(None, description="File of twins --out: images to leave out. Default: none.")
+    exclude: Exclude = None
     captions_per_image: int = Field(
         1,
         ge=0,
@@ -319,6 +322,7 @@ class PixelsConfig(StageConfig):
         None, gt=0, description="Side in pixels of the training images, as for train. Default: the student's own."
     )
     split: LearnedSplit = "train"
+    exclude: Exclude = None
     views: int | None = Field(None, gt=0, description="Number of the cache's views, from the first. Default: all.")
     image_root: ImageRoot = None
     threads: int | None = Field(None, gt=0, description="Number of threads that decode. Default: one per core.")
@@ -331,6 +335,9 @@ class OpenClipTrainConfig(StageConfig):
     arguments: tuple[str, ...] = Field(description="Arguments of open_clip_train, behind --.")
     views: int | None = Field(
         None, gt=0, description="Number of the cache's views to show, from the first. Default: all, drawn at random."
+    )
+    exclude: str | None = Field(
+        None, description="File of twins --out: a pair of one of its images is refused. Default: none."
     )
 
     @field_validator("arguments")

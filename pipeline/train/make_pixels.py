@@ -39,6 +39,7 @@ from teacher_cache.pipeline.data.images.views import Crop
 from teacher_cache.pipeline.models.student import build_student, student_config
 from teacher_cache.pipeline.settings.base import learned_split
 from teacher_cache.pipeline.settings.train import PixelsConfig
+from teacher_cache.pipeline.twins.exclude import exclude_listed
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.checksum import crc32c
 from teacher_cache.storage.files.local import LocalFiles
@@ -111,14 +112,18 @@ def plan_pixels(config: PixelsConfig) -> PixelsPlan:
     """Plan pixels from cache, student and folder. Nothing is written.
 
     Raises:
-        UsageError: a setting cannot be used, or the disk is too full.
-        CacheMismatchError: the folder holds other pixels; the message names each field with both values.
+        UsageError: a setting or the list of ``exclude`` cannot be used, or the disk is too full.
+        CacheMismatchError: the list is of other images, or the folder holds other pixels; the message names each field
+            with both values.
         CacheError: the cache or the folder's record cannot be used.
     """
     files, out = local_pixels(config.out), Path(config.out).resolve()
     reader = EmbeddingReader(config.cache)
     split = learned_split(config, reader.identity.dataset.splits)
-    rows = reader.image_rows(split)
+    learned = reader.row_set(split)
+    if config.exclude:
+        exclude_listed(config.exclude, reader, split, learned)
+    rows = learned.numbers()
     if not len(rows):
         raise UsageError(f"{config.cache}: no image of split {split!r} has an embedding")
     manifest = reader.manifest

@@ -29,6 +29,7 @@ from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.data.tokens import tokenizer_identity
 from teacher_cache.pipeline.data.torch_datasets.shown_pairs import ShownPair, ShowPair, rows_of
 from teacher_cache.pipeline.settings.train import OpenClipTrainConfig
+from teacher_cache.pipeline.twins.exclude import listed_rows
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.read.reader import EmbeddingReader
@@ -43,12 +44,14 @@ class CachedDistModel(nn.Module):
     Args:
         reader: reader of the cache. All its embeddings are loaded into memory.
         views: number of views that batches may show.
+        exclude: list of images that no batch may show (``teacher-cache twins --out``). Default: none.
     """
 
-    def __init__(self, reader: EmbeddingReader, views: int) -> None:
+    def __init__(self, reader: EmbeddingReader, views: int, exclude: str | None = None) -> None:
         super().__init__()
         self.unused = nn.Parameter(torch.zeros(()))  # DistributedDataParallel refuses a module without one
-        self._reader = reader
+        self._reader, self._exclude = reader, exclude
+        self._listed = listed_rows(exclude, reader)[0] if exclude else np.empty(0, np.int64)
         self._image, self._text = reader.resident("image"), reader.resident("text")
         self._boxes = reader.resident("image", "view") if views > 1 else None
         self._logit_scale = reader.identity.teacher.logit_scale
@@ -60,8 +63,14 @@ class CachedDistModel(nn.Module):
 
         Raises:
             OSError, CacheMismatchError: as :func:`rows_of`; or a crop is not the one that the teacher saw.
+            UsageError: an image is on the list of ``exclude``.
         """
         images, captions = rows_of(self._reader, batch)
+        if (listed := np.isin(images, self._listed)).any():
+            raise UsageError(
+                f"{batch.name[int(np.argmax(listed))]}: is on the list of images to leave out, {self._exclude}. "
+                "open_clip's trainer takes every pair of --train-data: take all listed images out of it"
+            )
         views = np.asarray(batch.view)
         if self._boxes is not None:
             wrong = (views > 0) & (self._boxes.take(images, views) != np.asarray(batch.box)).any(axis=1)
@@ -116,9 +125,9 @@ class _CsvPairs(Dataset[ShownPair]):
 class _Replaced:
     """Replacements of two functions of ``open_clip_train.main``."""
 
-    def __init__(self, reader: EmbeddingReader, views: int) -> None:
+    def __init__(self, reader: EmbeddingReader, views: int, exclude: str | None) -> None:
         self._reader, self._views = reader, views
-        self._teacher = CachedDistModel(reader, views)
+        self._teacher = CachedDistModel(reader, views, exclude)
         self._preprocess: Preprocess | None = None
 
     def create_model_and_transforms(self, name: str, *args: Any, **settings: Any) -> tuple[Any, Any, Any]:
@@ -155,7 +164,7 @@ def train(config: OpenClipTrainConfig) -> None:
     reader = EmbeddingReader(config.cache)
     if not reader.identity.dataset.captions:
         raise UsageError(f"{config.cache} has no captions, and open_clip distils pairs. Use teacher-cache train")
-    replaced = _Replaced(reader, views_used(reader, config.views))
+    replaced = _Replaced(reader, views_used(reader, config.views), config.exclude)
     # a copy of the function with two other globals: open_clip's module stays as it is
     named = {name: getattr(replaced, name) for name in ("create_model_and_transforms", "get_data")}
     run = FunctionType(trainer.main.__code__, vars(trainer) | named)

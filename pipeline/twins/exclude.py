@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from teacher_cache.pipeline.models.run_record import Excluded
@@ -26,22 +28,17 @@ class _ExcludeList(BaseModel):
     twins: tuple[_Entry, ...]
 
 
-def exclude_listed(path: str, reader: EmbeddingReader, split: str, rows: RowSet) -> Excluded:
-    """Remove the images of a list from the rows to learn from, and return the entry of the run's record.
+def listed_rows(path: str, reader: EmbeddingReader, split: str | None = None) -> tuple[NDArray[np.int64], str]:
+    """Return the rows of the images of a list, and the sha256 of its file.
 
     Args:
-        reader: cache to learn from.
-        split: split to learn from.
-        rows: images of the split that have an embedding; changed.
+        split: split that the list must be of. Default: any.
 
     Raises:
-        UsageError: the file cannot be read, is no such list or of another split, or names an image that the cache does
-            not have.
-        CacheMismatchError: the list is of a cache of other images.
+        UsageError, CacheMismatchError: as :func:`exclude_listed`.
     """
-    file = Path(path).expanduser()
     try:
-        data = file.read_bytes()
+        data = Path(path).expanduser().read_bytes()
         listed = _ExcludeList.model_validate_json(data)
     except OSError as error:
         raise UsageError(f"exclude {path}: cannot be read: {error.strerror or error}") from error
@@ -55,13 +52,30 @@ def exclude_listed(path: str, reader: EmbeddingReader, split: str, rows: RowSet)
             f"exclude {path}: a list of {listed.cache}, images {listed.samples_sha256[:12]}, and {reader.location} has "
             f"the images {own[:12]}. Write a list of this cache: teacher-cache twins {reader.location} --out {path}"
         )
-    if listed.split != split:
+    if split not in (None, listed.split):
         raise UsageError(
             f"exclude {path}: a list of split {listed.split!r}, and the run learns from {split!r}. Write one of this "
             f"split: teacher-cache twins {reader.location} --split {split} --out {path}"
         )
+    names = dict.fromkeys(entry.sample_id for entry in listed.twins)
+    return reader.rows_of(names), hashlib.sha256(data).hexdigest()
+
+
+def exclude_listed(path: str, reader: EmbeddingReader, split: str, rows: RowSet) -> Excluded:
+    """Remove the images of a list from the rows to learn from, and return the entry of the run's record.
+
+    Args:
+        reader: cache to learn from.
+        split: split to learn from.
+        rows: images of the split that have an embedding; changed.
+
+    Raises:
+        UsageError: the file cannot be read, is no such list or of another split, or names an image that the cache does
+            not have.
+        CacheMismatchError: the list is of a cache of other images.
+    """
+    listed, sha256 = listed_rows(path, reader, split)
     before = len(rows)
-    for row in reader.rows_of(dict.fromkeys(entry.sample_id for entry in listed.twins)).tolist():
+    for row in listed.tolist():
         rows.remove(row)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return Excluded(path=str(file.absolute()), sha256=sha256, images=before - len(rows))
+    return Excluded(path=str(Path(path).expanduser().absolute()), sha256=sha256, images=before - len(rows))

@@ -194,6 +194,18 @@ def test_a_batch_that_is_not_the_one_just_loaded_is_refused(photo_cache: Path) -
         model(pixels, tokens + 1)
 
 
+def test_a_listed_image_is_refused_by_name(photo_cache: Path, tmp_path: Path) -> None:
+    reader = Cache(str(photo_cache))
+    sha, text = reader.samples["content_sha256"][3].as_py(), reader.captions["text"][6].as_py()
+    twins = [{"sample_id": reader.samples["sample_id"][3].as_py()}]
+    listed = {"cache": "a", "split": "train", "samples_sha256": reader.identity.dataset.samples_sha256, "twins": twins}
+    (tmp_path / "twins.json").write_text(json.dumps(listed))
+    model = CachedDistModel(reader, 1, str(tmp_path / "twins.json"))
+    batch = [torch.zeros(1, 3, 32, 32), torch.zeros(1, 16), [sha], [text], np.zeros(1, int), np.zeros((1, 5))]
+    with pytest.raises(UsageError, match=r"a\.jpg: is on the list of images to leave out, .*twins\.json"):
+        model.load(ShownPair(*batch, ["a.jpg"], [""]))
+
+
 def test_a_crop_that_the_teacher_did_not_see_is_refused(tiny_teacher: Path, tmp_path: Path) -> None:
     reader = Cache(str(make_cache(tmp_path, tiny_teacher, images=10, views=2)))
     model = CachedDistModel(reader, views=2)

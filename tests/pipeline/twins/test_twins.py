@@ -20,7 +20,9 @@ from teacher_cache.pipeline.evaluate.split import CachedTeacher, EvaluationSplit
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
+from teacher_cache.pipeline.settings.train import PixelsConfig
 from teacher_cache.pipeline.train.loop import train
+from teacher_cache.pipeline.train.make_pixels import plan_pixels
 from teacher_cache.pipeline.twins import near_rows
 from teacher_cache.pipeline.twins.find import Twins, find_twins
 from teacher_cache.pipeline.twins.near_rows import nearest_rows, usual_cosine
@@ -197,6 +199,8 @@ def test_listed_images_are_left_out_and_recorded(cache: str, listed: str, tmp_pa
     assert rest.excluded is not None
     assert (rest.train_images, rest.excluded.images, rest.excluded.path) == (27, 4, listed)
     assert len(trace(tmp_path / "rest")) == 3  # of 27 images 3 batches of 8
+    pixels = plan_pixels(PixelsConfig(cache=cache, student=str(student), out=str(tmp_path / "px"), exclude=listed))
+    assert {*range(32)} - set(pixels.rows.tolist()) == {0, 1, 2, 3, 5}
 
     done = CliRunner().invoke(app, ["evaluate", "--run", str(tmp_path / "all"), "--device", "cpu", "--json"])
     assert "4 test images have a twin in training; without them: mean recall of the teacher" in done.stderr
