@@ -173,5 +173,9 @@ def _twins_parts(result: Twins) -> Iterator[Part]:
     yield f"twins: a likeness of pixels of {result.least_likeness:g} or more, or the same bytes; {result.seconds:.0f} s"
     if result.quarantined:
         yield f"not compared: {counted(result.quarantined, 'image')} without an embedding"
+    if result.cut:
+        have = "has" if result.cut == 1 else "have"
+        others = counted(result.cut, "other image")
+        yield f"{others} {have} 16 twins or more, of which 16 are listed: delete the copies from the dataset"
     if result.unread:
         yield f"not compared: {counted(result.unread, 'image')}, the first: {result.unread_first}"

@@ -14,6 +14,7 @@ from teacher_cache.pipeline.twins.exclude import exclude_listed
 from teacher_cache.pipeline.twins.find import Images, Twins, require_comparable, twins_among
 from teacher_cache.storage.errors import CacheError, CacheMismatchError, UsageError
 from teacher_cache.storage.format.tables import SAMPLES, long_texts
+from teacher_cache.storage.look.sampling import Progress
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 _MEMORY_BYTES = 64 << 20
@@ -83,12 +84,15 @@ def _rows_of_run(config: TrainConfig, excluded: Excluded | None, reader: Embeddi
     return rows.numbers() if excluded is None or listed.sha256 == excluded.sha256 else every
 
 
-def find_learned_twins(record: RunRecord, split: EvaluationSplit) -> Twins | None:
+def find_learned_twins(record: RunRecord, split: EvaluationSplit, progress: Progress | None = None) -> Twins | None:
     """Find the measured images that show the same picture as an image that a student learned from.
 
     Embeddings of the student's own cache and of the measured one are compared, and the pictures of near ones. None: the
     student's own cache cannot be read or is of another teacher, the measured split is the one that it learned from, or
     there are more than two billion pairs of images (some 10 s on two cores).
+
+    Args:
+        progress: called with (stage, done, total).
     """
     try:
         reader = _own_cache(record, split.reader)
@@ -100,10 +104,8 @@ def find_learned_twins(record: RunRecord, split: EvaluationSplit) -> Twins | Non
         too_many = len(rows) * len(split.image_rows) > _MOST_PAIRS
         if too_many or (same_images and len(np.intersect1d(rows, split.image_rows))):
             return None
-        images = Images(split.reader, split.image_rows, split.image_root)
-        return twins_among(
-            Images(reader, rows, split.image_root if reader is split.reader else record.image_root), images
-        )
+        learned = Images(reader, rows, split.image_root if reader is split.reader else record.image_root)
+        return twins_among(learned, Images(split.reader, split.image_rows, split.image_root), progress=progress)
     except (CacheError, UsageError):  # moved, damaged, or of another teacher
         return None
 

@@ -184,7 +184,7 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
     if run is not None:
         own, in_teacher_space = _student_rows(config, split, run.student, progress)
         student = split.ranks(*own, depth, config.device)
-        twins = _without_twins(split, run.record, teacher_rows, own, config.device)
+        twins = _without_twins(split, run.record, (teacher_rows, own), config.device, progress)
         if in_teacher_space is not None:
             towers = _each_tower(split, in_teacher_space, teacher_rows, recall_of_ranks(teacher), config.device)
     if rank_path:
@@ -202,19 +202,21 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
 
 
 def _without_twins(
-    split: EvaluationSplit, record: RunRecord, teacher: Embedded, student: Embedded, device: str
+    split: EvaluationSplit,
+    record: RunRecord,
+    rows: tuple[Embedded, Embedded],
+    device: str,
+    progress: Progress | None,
 ) -> TwinsResult | None:
-    """Measure again without the images that have a twin in training."""
-    twins = find_learned_twins(record, split)
+    """Measure the rows of teacher and student again without the images that have a twin in training."""
+    twins = find_learned_twins(record, split, progress)
     if twins is None:
         return None
     result = TwinsResult(images=twins.others_with_twin, unread=twins.unread)
     rest, images, captions = split.without({twin.twin_row for twin in twins.twins})
     if not result.images or not images.any():
         return result
-    recalls = [
-        recall_of_ranks(rest.ranks(image[images], text[captions], device=device)) for image, text in (teacher, student)
-    ]
+    recalls = [recall_of_ranks(rest.ranks(image[images], text[captions], device=device)) for image, text in rows]
     update = {"teacher": recalls[0], "student": recalls[1], "retention": retention(recalls[1], recalls[0])}
     return result.model_copy(update=update)
 

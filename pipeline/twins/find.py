@@ -71,6 +71,7 @@ class Twins(BaseModel, frozen=True):
     near: int = Field(description="Number of pairs that reach the minimum cosine: the 16 nearest of each other image.")
     unread: int = Field(description="Number of other images that were not compared: a picture cannot be read.")
     unread_first: str | None = Field(None, description="Reason for the first of them.")
+    cut: int = Field(description="Number of other images that may have more twins than those of its 16 nearest images.")
     twins: tuple[Twin, ...] = Field(description="The twins, by row of the image to learn from.")
     seconds: float
 
@@ -110,10 +111,16 @@ class Images:
 
 
 class _Compared(NamedTuple):
-    """Result for one other image: its twins, and why it was not compared with all of its nearest rows, if so."""
+    """Result for one other image.
+
+    Attributes:
+        unread: reason why it was not compared with all of its nearest rows, if so.
+        cut: further rows may be twins too: the nearest ones ended before some in a row were other pictures.
+    """
 
     twins: list[Twin]
     unread: str | None
+    cut: bool
 
 
 def find_twins(
@@ -224,6 +231,7 @@ def twins_among(learned: Images, others: Images, least: float | None = None, pro
         near=len(near.query),
         unread=len(unread),
         unread_first=next(iter(unread), None),
+        cut=sum(result.cut for result in compared),
         twins=tuple(twins),
         seconds=time.perf_counter() - started,
     )
@@ -236,7 +244,7 @@ def _compared(
     sources = StoredImages(ImageSource(learned.root)), StoredImages(ImageSource(others.root))
     samples, own_samples = (images.reader.table(SAMPLES, open_files=_OPEN_FILES) for images in (learned, others))
     starts = np.flatnonzero(np.diff(near.query, prepend=-1))
-    with ThreadPoolExecutor(decode_threads()) as pool:
+    with ThreadPoolExecutor(max(decode_threads(), _fetches(learned), _fetches(others))) as pool:
         for at in range(0, len(starts), _AT_ONCE):
             stop = starts[at + _AT_ONCE] if at + _AT_ONCE < len(starts) else len(near.query)
             part = near.taken(slice(starts[at], stop))
@@ -251,6 +259,12 @@ def _compared(
             ]
             yield from pool.map(lambda group: _compare(sources, *group), groups)
             progress(min(at + _AT_ONCE, len(starts)), len(starts))
+
+
+def _fetches(images: Images) -> int:
+    """Return the number of pictures to fetch at a time, by the place of the first; 0: they are on this machine."""
+    uris = images.reader.table_rows(SAMPLES, images.rows[:1])["uri"].to_pylist()
+    return max((ImageSource(images.root).fetches(uri) for uri in uris), default=0)
 
 
 def _compare(
@@ -283,4 +297,4 @@ def _compare(
         if value >= LEAST_LIKENESS:
             add(row, cosine, "mirrored" if mirrored else "same picture", value)
         misses = 0 if value >= LEAST_LIKENESS else misses + 1
-    return _Compared(twins, unread)
+    return _Compared(twins, unread, len(near) == _MOST_NEAR and misses < _MISSES)

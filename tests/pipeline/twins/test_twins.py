@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from PIL import Image, ImageOps
 
 from teacher_cache.pipeline.cli.app import app
+from teacher_cache.pipeline.cli.report import _twins_parts
 from teacher_cache.pipeline.evaluate.recall import recall_of_ranks
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 from teacher_cache.pipeline.evaluate.split import CachedTeacher, EvaluationSplit, embed
@@ -23,7 +24,7 @@ from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.train import PixelsConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.pipeline.train.make_pixels import plan_pixels
-from teacher_cache.pipeline.twins import near_rows
+from teacher_cache.pipeline.twins import find, near_rows
 from teacher_cache.pipeline.twins.find import Twins, find_twins
 from teacher_cache.pipeline.twins.near_rows import nearest_rows, usual_cosine
 from teacher_cache.storage.errors import CacheError, CacheIncompleteError, CacheMismatchError, UsageError
@@ -97,7 +98,7 @@ def test_planted_twins_are_found_in_every_form_of_cache(
     before = "" if form == "parts" else cache_digest(Path(location))
     twins = find_twins(location)
     assert named(twins) == PLANTED
-    assert (twins.images, twins.others, twins.quarantined, twins.unread) == (31, 7, 2, 0)
+    assert (twins.images, twins.others, twins.quarantined, twins.unread, twins.cut) == (31, 7, 2, 0, 0)
     assert named(find_twins(location, cache, against_split="test")) == PLANTED
     assert form != "float16" or named(find_twins(location, location)) == PLANTED  # not the images to learn from
     assert form == "parts" or cache_digest(Path(location)) == before
@@ -116,6 +117,15 @@ def test_images_without_splits_are_compared_with_another_cache(
     assert {pair[:2] for pair in named(find_twins(other, cache, against_split="train"))} == {
         (twin, own) for own, twin, _ in found
     }
+
+
+def test_more_copies_than_are_listed_are_told(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("_MOST_NEAR", "_MISSES"):
+        monkeypatch.setattr(find, limit, 1)
+    stages = set[str]()
+    twins = find_twins(cache, progress=lambda stage, done, total: stages.add(stage))
+    assert (named(twins), twins.cut, stages) == (PLANTED, 4, {"compare rows", "compare pictures"})
+    assert "4 other images have 16 twins or more, of which 16 are listed" in "\n".join(map(str, _twins_parts(twins)))
 
 
 def test_pictures_that_cannot_be_read_are_counted_and_named(cache: str, tmp_path: Path) -> None:
@@ -203,6 +213,7 @@ def test_listed_images_are_left_out_and_recorded(cache: str, listed: str, tmp_pa
     assert {*range(32)} - set(pixels.rows.tolist()) == {0, 1, 2, 3, 5}
 
     done = CliRunner().invoke(app, ["evaluate", "--run", str(tmp_path / "all"), "--device", "cpu", "--json"])
+    assert "compare pictures: " in done.stderr
     assert "4 test images have a twin in training; without them: mean recall of the teacher" in done.stderr
     measured = EvaluateResult.model_validate_json(done.stdout)
     assert measured.learned_images == 1
