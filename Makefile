@@ -17,7 +17,8 @@ $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -c docke
 @# that has put Pillow in the place of pillow-simd
 @if test -e .venv/.pillow-simd; then rm .venv/.pillow-simd; $(MAKE) --no-print-directory .venv/.pillow-simd; fi
 endef
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
+# the tests start hundreds of processes: without bytecode on disk each of them compiles all that it imports
+PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
 
 .DEFAULT_GOAL := help
 .PHONY: help install dev demo test test-all lint format constraints lock licences docs bench bench-gpu serve clean

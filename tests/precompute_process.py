@@ -20,7 +20,15 @@ from typing import Any
 import pytest
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
-FORK_SERVER.set_forkserver_preload(["tests.precompute_process", "teacher_cache.pipeline.precompute.run"])
+FORK_SERVER.set_forkserver_preload(
+    [
+        "tests.precompute_process",
+        "teacher_cache.pipeline.precompute.run",
+        "teacher_cache.pipeline.train.loop",
+        "pandas",  # pyarrow imports it with its first table
+        "zarr",
+    ]
+)
 
 
 Event = tuple[str, str]

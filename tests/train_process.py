@@ -11,10 +11,6 @@ from typing import Any
 
 from tests.precompute_process import FORK_SERVER, KillSwitch
 
-FORK_SERVER.set_forkserver_preload(
-    ["tests.precompute_process", "teacher_cache.pipeline.precompute.run", "teacher_cache.pipeline.train.loop"]
-)
-
 
 def start(config: dict[str, Any], *, out: Path, resume: bool = False, kill_at: int | None = None) -> Any:
     """Begin ``train`` in another process.
