@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from teacher_cache.pipeline.data.datasets.samples import ImageSource, load_samples
 from teacher_cache.pipeline.data.datasets.spec import DatasetSpec
 from teacher_cache.storage.errors import UsageError
+from tests.commands import run_command
 from tests.pipeline.data.dataset_files import save_image
 
 SECRET = "hunter2-S3CRET"
@@ -25,11 +24,6 @@ URLS = [
 ]
 
 
-def teacher_cache(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", *arguments]
-    return subprocess.run(command, capture_output=True, check=False, timeout=300)
-
-
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 def test_a_secret_in_a_table_is_in_no_byte_of_the_run(
     flags: tuple[str, ...], tiny_teacher: Path, tmp_path: Path
@@ -40,20 +34,20 @@ def test_a_secret_in_a_table_is_in_no_byte_of_the_run(
     (tmp_path / "t.csv").write_text(
         f"id,path,caption\n,a.png,Good.\n{rows},{URLS[0]},B.\n{URLS[0]},a2.png,C.\n,{URLS[1]},too,many\n9,{URLS[0]},D.\n"
     )
-    done = teacher_cache(
+    done = run_command(
         "precompute", "--dataset", f"table:{tmp_path}/t.csv", "--teacher", f"local-dir:{tiny_teacher}",
         "--cache", str(tmp_path / "c"), "--device", "cpu", *flags,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     looked = [file.read_bytes() for file in (tmp_path / "c").rglob("*") if file.is_file()]
-    for place in (done.stdout, done.stderr, *looked):
+    for place in (done.stdout.encode(), done.stderr.encode(), *looked):
         assert SECRET.encode() not in place
     shown = done.stdout + done.stderr
-    assert b"credentials belong into the environment" in shown
-    assert b"https://***@host.invalid/x.jpg" in shown
-    info = teacher_cache("info", str(tmp_path / "c"), "--json")
+    assert "credentials belong into the environment" in shown
+    assert "https://***@host.invalid/x.jpg" in shown
+    info = run_command("info", str(tmp_path / "c"), "--json")
     assert info.returncode == 0
-    assert SECRET.encode() not in info.stdout + info.stderr
+    assert SECRET not in info.stdout + info.stderr
     # parquet compresses, so the tables are looked at as tables too
     import pyarrow.parquet as pq
 
@@ -81,7 +75,7 @@ def test_a_mistake_beside_a_secret_does_not_show_it(text: str) -> None:
 
 
 def test_a_secret_on_the_command_line_is_refused_and_hidden(tiny_teacher: Path, tmp_path: Path) -> None:
-    done = teacher_cache(
+    done = run_command(
         "precompute",
         "--dataset",
         f"table:{URLS[0]}",
@@ -91,9 +85,9 @@ def test_a_secret_on_the_command_line_is_refused_and_hidden(tiny_teacher: Path, 
         str(tmp_path / "c"),
     )
     assert done.returncode == 2
-    assert SECRET.encode() not in done.stdout + done.stderr
-    assert done.stderr.count(b"\n") == 1
-    assert b"Give credentials through the environment" in done.stderr
+    assert SECRET not in done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Give credentials through the environment" in done.stderr
     assert not (tmp_path / "c").exists()
 
 

@@ -28,8 +28,9 @@ from teacher_cache.pipeline.deploy.runtime import StudentRuntime
 from teacher_cache.pipeline.settings.deploy import DeployConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
+from tests.commands import run_command
 from tests.pipeline.deploy.deployed import deploy_tiny
-from tests.pipeline.train.train_work import make_cache, make_student, run_command, train_config
+from tests.pipeline.train.train_work import make_cache, make_student, train_config
 from tests.python_packages import install_beside
 
 _ALONE = "TEACHER_CACHE_TEST_OPENVINO"

@@ -33,9 +33,9 @@ from teacher_cache.pipeline.settings.run_file import load_config
 from teacher_cache.pipeline.settings.student import InheritConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
+from tests.commands import run_command
 from tests.conftest import TINY_MODEL, make_model_folder, shared
 from tests.pipeline.models.lite0 import captions_by_image, lite0_weights
-from tests.pipeline.train.train_work import run_command
 
 VISION, TEXT = TINY_MODEL["vision_cfg"], TINY_MODEL["text_cfg"]
 WIDE: dict[str, Any] = {

@@ -26,8 +26,9 @@ from teacher_cache.pipeline.settings.promote import PromoteConfig
 from teacher_cache.pipeline.settings.student import MeanConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
+from tests.commands import run_command
 from tests.conftest import TINY_MODEL
-from tests.pipeline.train.train_work import make_student, measure, run_command, train_config
+from tests.pipeline.train.train_work import make_student, measure, train_config
 
 run_cli = CliRunner()
 

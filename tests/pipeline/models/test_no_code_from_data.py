@@ -28,9 +28,9 @@ from teacher_cache.pipeline.models.student import (
 )
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.storage.errors import UsageError
+from tests.commands import run_command
 from tests.conftest import TINY_MODEL
 from tests.pipeline.data.dataset_files import read, save_image
-from tests.pipeline.train.train_work import run_command
 
 SOURCES = Path(__file__).parents[3]
 

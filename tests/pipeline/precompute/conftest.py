@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -45,12 +44,6 @@ def as_command(verb: str, settings: dict[str, Any]) -> list[str]:
     """The command of a stage with these settings, for a process."""
     command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", verb]
     return [*command, *(f"--set={name}={value}" for name, value in settings.items())]
-
-
-def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run ``teacher-cache`` in a process of its own, in a wide terminal."""
-    command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "300"})
 
 
 def run_without_torch(*arguments: str) -> str:

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from benchmarks.bench.peers import python_of
 from teacher_cache.storage.check.verify import verify_cache
+from tests.commands import run_command
 from tests.conftest import shared
 from tests.pipeline.train.open_clip_work import write_tars
-from tests.pipeline.train.train_work import run_command
 
 ROOT = Path(__file__).parents[3]
 MODEL = "ViT-S-32-alt"

@@ -30,9 +30,10 @@ from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.look.export import export_rows
 from teacher_cache.storage.look.info import count_committed
 from teacher_cache.storage.read.reader import EmbeddingReader
+from tests.commands import run_command
 from tests.conftest import cache_digest, make_model_folder, write_photos
 from tests.pipeline.data.odd_images import ODD_IMAGES
-from tests.pipeline.precompute.conftest import make_config, prove, run_command, run_without_torch, settings
+from tests.pipeline.precompute.conftest import make_config, prove, run_without_torch, settings
 from tests.pipeline.precompute.foreign_folder import write_folder
 from tests.precompute_process import FORK_SERVER
 

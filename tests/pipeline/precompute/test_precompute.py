@@ -29,9 +29,10 @@ from teacher_cache.storage.format.manifest import CacheManifest
 from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
+from tests.commands import run_command
 from tests.conftest import cache_digest, make_model_folder
 from tests.pipeline.data.dataset_files import save_image, write_tar
-from tests.pipeline.precompute.conftest import make_config, run_command
+from tests.pipeline.precompute.conftest import make_config
 
 MakePhotos = Callable[..., Path]
 

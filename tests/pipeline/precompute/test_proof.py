@@ -19,8 +19,9 @@ from teacher_cache.pipeline.precompute.sample_proof import ProofResult, fraction
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, UsageError
 from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.read.reader import EmbeddingReader
+from tests.commands import run_command
 from tests.conftest import make_model_folder, write_photos
-from tests.pipeline.precompute.conftest import Rows, forge, make_config, rows_of, run_command, run_without_torch
+from tests.pipeline.precompute.conftest import Rows, forge, make_config, rows_of, run_without_torch
 from tests.pipeline.precompute.conftest import prove as prove_rows
 
 IMAGES = 20

@@ -40,9 +40,10 @@ from teacher_cache.storage.format.commits import ChunkRef, all_chunks
 from teacher_cache.storage.format.journal import ChunkCost
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
+from tests.commands import run_command
 from tests.conftest import TINY_MODEL, cache_digest, make_model_folder, write_photos
 from tests.damage import KINDS, Others, damage, make_older
-from tests.pipeline.precompute.conftest import make_config, run_command, run_without_torch
+from tests.pipeline.precompute.conftest import make_config, run_without_torch
 
 IMAGES = 16
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from teacher_cache.pipeline.settings.run_file import load_config
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.losses import LOSSES
 from teacher_cache.storage.errors import UsageError
+from tests.commands import run_command
 from tests.conftest import TINY_MODEL
 
 NEEDED = {"cache": "c", "student": "s", "out": "o"}
@@ -126,9 +125,7 @@ def test_the_queue_loss_needs_a_queue(tmp_path: Path) -> None:
 
 
 def test_a_recipe_is_a_flag() -> None:
-    settings = ["--cache", "c", "--student", "s", "--out", "o", "--recipe", "gide"]
-    command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "train", *settings]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_command("train", "--cache", "c", "--student", "s", "--out", "o", "--recipe", "gide")
     assert done.returncode == 2
     assert "there are default, guide, clip-kd, mobileclip" in " ".join(done.stderr.split())
 

@@ -22,6 +22,7 @@ from PIL import Image
 from teacher_cache import Cache, CacheMismatchError, PrecomputeConfig, UsageError, precompute
 from teacher_cache.pipeline.data.torch_datasets.shown_pairs import ShownPair
 from teacher_cache.pipeline.train.open_clip_trainer import CachedDistModel
+from tests.commands import run_command
 from tests.conftest import TINY_MODEL, make_model_folder, shared
 from tests.pipeline.train.open_clip_work import (
     COLUMNS,
@@ -34,7 +35,7 @@ from tests.pipeline.train.open_clip_work import (
     write_pairs,
     write_tars,
 )
-from tests.pipeline.train.train_work import make_cache, run_command
+from tests.pipeline.train.train_work import make_cache
 
 PROJECT = Path(__file__).resolve().parents[3]
 

@@ -22,8 +22,9 @@ from wandb.proto import wandb_internal_pb2
 
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.train.loop import train
+from tests.commands import run_command
 from tests.object_store import free_ports
-from tests.pipeline.train.train_work import make_student, run_command, trace, train_config
+from tests.pipeline.train.train_work import make_student, trace, train_config
 from tests.python_packages import install_beside
 
 # MLflow uses what other packages have deprecated
@@ -181,7 +182,8 @@ def test_trackio_has_every_step(photo_cache: Path, student: Path, tmp_path: Path
     }
     flags = ("--epochs", "2", "--batch-size", "8", "--device", "cpu", "--set", "workers=0", "--report-to", "trackio")
     words = ("--cache", photo_cache, "--student", student, "--out", tmp_path / "run", *flags, "--json")
-    done = run_command("train", *words, env=environment)
+    command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", "train", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("{")
     with sqlite3.connect(tmp_path / "trackio" / "teacher-cache.db") as database:

@@ -31,8 +31,9 @@ from teacher_cache.pipeline.train import losses
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
+from tests.commands import run_command
 from tests.conftest import TINY_MODEL, make_model_folder
-from tests.pipeline.train.train_work import make_cache, make_student, measure, run_command, trace
+from tests.pipeline.train.train_work import make_cache, make_student, measure, trace
 from tests.pipeline.train.train_work import train_config as config
 
 

@@ -29,7 +29,8 @@ from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.look.info import describe_cache
 from tests import train_process
-from tests.pipeline.train.train_work import make_cache, make_student, measure, run_command, trace, train_config
+from tests.commands import run_command
+from tests.pipeline.train.train_work import make_cache, make_student, measure, trace, train_config
 
 MOMENTS: dict[str, tuple[int, Callable[[str, str], bool]]] = {
     "behind a step": (3, lambda kind, key: kind == "step"),

@@ -19,7 +19,8 @@ from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.pipeline.settings.recipes import RECIPES
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import UsageError
-from tests.pipeline.train.train_work import make_student, measure, run_command, trace, train_config
+from tests.commands import run_command
+from tests.pipeline.train.train_work import make_student, measure, trace, train_config
 
 
 @pytest.fixture(scope="module")

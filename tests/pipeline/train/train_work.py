@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +56,6 @@ def train_on_images(folder: Path, teacher: Path) -> Path:
 def trace(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's step log."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def run_command(*words: object, **how: Any) -> subprocess.CompletedProcess[str]:
-    """``teacher-cache`` in a process of its own."""
-    command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **how)
 
 
 def measure(run: Path, **changes: Any) -> EvaluateResult:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_command
 from tests.node_packages import npm_install
 from tests.object_store import free_ports
-from tests.pipeline.train.train_work import run_command
 
 # the account that every Azurite has
 ACCOUNT = "devstoreaccount1"

@@ -43,6 +43,7 @@ from teacher_cache.storage.observe.telemetry import (
     require_metrics,
 )
 from teacher_cache.storage.write.writer import EmbeddingWriter
+from tests.commands import run_command
 from tests.pipeline.train.train_work import make_cache, make_student, train_config
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -195,10 +196,8 @@ def test_a_taken_port_ends_the_command_that_named_it(
         first.listen()
         port = str(first.getsockname()[1])
         words = ["precompute", *where, "--teacher", f"local-dir:{tmp_path}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if by_flag else {METRICS_PORT: port})
         words += ["--metrics-port", port] if by_flag else []
-        command = [sys.executable, "-m", "teacher_cache.pipeline.cli.app", *words]
-        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+        done = run_command(*words, env={} if by_flag else {METRICS_PORT: port})
     assert done.returncode == 2
     first_line, *others = done.stderr.splitlines()
     assert f"metrics cannot be served on 127.0.0.1:{port}" in first_line

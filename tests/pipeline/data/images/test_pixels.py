@@ -36,6 +36,7 @@ from teacher_cache.storage.errors import (
 )
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.read.reader import EmbeddingReader
+from tests.commands import run_command
 from tests.conftest import cache_digest
 from tests.pipeline.train.train_work import make_cache, make_student, train_config
 
@@ -384,15 +385,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(home: Path, tmp_path:
 
 def test_the_commands(home: Path, tmp_path: Path) -> None:
     """As typed: the plan is said first, training takes the folder, a folder that does not fit is one line."""
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "teacher_cache.pipeline.cli.app", *words], capture_output=True, text=True
-        )
-
     cache = ("--cache", str(home / "photos.cache"))
     student, out = str(home / "student.json"), str(tmp_path / "ready")
-    made = run("student", "pixels", *cache, "--student", student, "--out", out)
+    made = run_command("student", "pixels", *cache, "--student", student, "--out", out)
     assert made.returncode == 0, made.stderr
     assert made.stderr.startswith(
         f"{out}: 32 images x 3 views x 32 x 32 x 3 bytes = 589.8 kB in 3 chunks; 3 of them to make"
@@ -400,9 +395,9 @@ def test_the_commands(home: Path, tmp_path: Path) -> None:
     assert "pixels: 3 of 3" in made.stderr
     assert "32 images in 3 views at 32 x 32" in made.stdout
     common = (*cache, "--epochs", "1", "--batch-size", "8", "--set", "workers=0", "--pixels", out)
-    trained = run("train", "--student", student, "--out", str(tmp_path / "run"), *common)
+    trained = run_command("train", "--student", student, "--out", str(tmp_path / "run"), *common)
     assert trained.returncode == 0, trained.stderr
-    refused = run("train", "--student", str(home / "large.json"), "--out", str(tmp_path / "other"), *common)
+    refused = run_command("train", "--student", str(home / "large.json"), "--out", str(tmp_path / "other"), *common)
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1
     assert refused.stderr.startswith(f"error: {out}: not what this student would see of")
