@@ -78,7 +78,9 @@ def test_wandb_offline_has_every_step(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(train_config(photo_cache, student, tmp_path / "run", report_to="wandb"))
-    history, logged = wandb_history(tmp_path / "run"), trace(tmp_path / "run")
+    logged, until = trace(tmp_path / "run"), time.monotonic() + 60
+    while len(history := wandb_history(tmp_path / "run")) < len(logged) and time.monotonic() < until:
+        time.sleep(0.1)  # a process of wandb's own writes the file
     assert len(history) == len(logged) == 8
     for line, step in zip(history, logged, strict=True):
         assert [line["_step"], *(line[name] for name in SCALARS)] == pytest.approx(
