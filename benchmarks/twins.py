@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from benchmarks.bench.big_cache import big_cache
 from teacher_cache import Cache
-from teacher_cache.pipeline.twins.find import find_twins
+from teacher_cache.pipeline.evaluate.twins.find import find_twins
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.look.nearest import unit_rows
 

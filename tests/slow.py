@@ -89,7 +89,7 @@ CASES = {
     "pipeline/train/test_trackers.py::test_mlflow_has_every_step_once_where_the_run_was_killed": 0,
     "pipeline/train/test_trackers.py::test_one_that_cannot_begin_ends_the_run_before_its_first_step": 0,
     "pipeline/train/test_train_ranks.py::test_a_rank_that_fails_ends_all_ranks_and_is_told": 0,
-    "pipeline/twins/test_twins.py::test_planted_twins_are_found_in_every_form_of_cache": 2,
+    "pipeline/evaluate/twins/test_twins.py::test_planted_twins_are_found_in_every_form_of_cache": 2,
     "storage/files/test_object_store.py::test_workers_of_a_data_loader_read_files_that_were_opened_before": 0,
     "storage/read/test_compressed.py::test_every_damage_is_named_and_never_read": 11,
     "storage/read/test_int8.py::test_every_damage_is_named_and_never_read": 13,

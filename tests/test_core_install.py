@@ -87,6 +87,7 @@ _MAKE = "--dataset scenes:x --teacher bundled:scenes"
         ("demo --out {tmp}/d", "train"),
         ("infer {golden}/manifest.json --text a --student {tmp}", "train"),
         ("report {golden} --out {tmp}/r.html", "report"),
+        ("index {golden} --out {tmp}/i", "train"),
     ],
 )
 def test_a_missing_extra_is_named_with_its_install_line(hidden: str, command: str, extra: str, tmp_path: Path) -> None:

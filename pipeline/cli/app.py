@@ -36,6 +36,7 @@ register(
     ("Ship", "deploy", "deploy", "Ship a student: ONNX, int8, open_clip weights, tokenizer, a table of measurements."),
     ("Ship", "infer", "deploy", "Score texts against images with a deployed student."),
     ("Ship", "students", "champions", "Champions and challengers: list, promote, retrain, rollback."),
+    ("Look inside", "index", "search", "Build a search index over a cache, with a bound on the recall that it loses."),
     ("Operate", "report", "report", "Write one HTML page about a cache and its students."),
     ("Operate", "demo", "demo", "Run the main job on built-in scenes: precompute, train, evaluate."),
 )

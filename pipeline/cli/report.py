@@ -32,7 +32,7 @@ from teacher_cache.storage.observe.progress import StageProgress
 from teacher_cache.storage.observe.quantities import byte_size, counted
 
 if TYPE_CHECKING:
-    from teacher_cache.pipeline.twins.find import Twins
+    from teacher_cache.pipeline.evaluate.twins.find import Twins
 
 _SHOWN = 10
 
@@ -141,7 +141,7 @@ def twins(cache: str, out: str | None, html: str | None, as_json: bool, **option
     page_target = None if html is None else out_file("--html", html, "twins.html")
     if page_target is not None:
         import altair  # noqa: F401 - a missing extra is told before the work begins
-    from teacher_cache.pipeline.twins.find import find_twins
+    from teacher_cache.pipeline.evaluate.twins.find import find_twins
 
     with StageProgress() as progress:
         result = find_twins(cache, progress=progress, **options)

@@ -8,10 +8,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit
+from teacher_cache.pipeline.evaluate.twins.exclude import exclude_listed
+from teacher_cache.pipeline.evaluate.twins.find import Images, Twins, require_comparable, twins_among
 from teacher_cache.pipeline.models.run_record import Excluded, RunRecord
 from teacher_cache.pipeline.settings.train import TrainConfig
-from teacher_cache.pipeline.twins.exclude import exclude_listed
-from teacher_cache.pipeline.twins.find import Images, Twins, require_comparable, twins_among
 from teacher_cache.storage.errors import CacheError, CacheMismatchError, UsageError
 from teacher_cache.storage.format.tables import SAMPLES, long_texts
 from teacher_cache.storage.look.sampling import Progress

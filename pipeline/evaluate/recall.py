@@ -64,14 +64,14 @@ def first_positive_ranks(
     engine = find_engine(device)
     depth = _ALL_PLACES if depth is None else depth
     score = exact_scores(text, image, np.arange(len(text)), text_image)
-    best, first = _best_captions(score, text_image, len(image))
+    best, first = best_captions(score, text_image, len(image))
     i2t = rows_ahead(Matches(image, best, first), text, depth, engine)
     t2i = rows_ahead(Matches(text, score, text_image), image, depth, engine)
     i2t[np.isinf(best)] = depth
     return RetrievalRanks(_from_one(i2t, depth), _from_one(t2i, depth), depth, engine.name)
 
 
-def _best_captions(
+def best_captions(
     score: NDArray[np.float64], text_image: NDArray[np.int64], images: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return score and row of each image's best caption, the first of equal ones; score infinity without captions."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from teacher_cache.pipeline.data.batches.stored_images import CachedImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
+from teacher_cache.pipeline.evaluate.twins.find import Twins
 from teacher_cache.pipeline.report.data import as_utf8
 from teacher_cache.pipeline.report.page import environment, name_of, style
 from teacher_cache.pipeline.report.thumbnails import collect_pictures
-from teacher_cache.pipeline.twins.find import Twins
 from teacher_cache.storage.read.reader import EmbeddingReader
 
 _SHOWN = 500

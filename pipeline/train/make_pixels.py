@@ -36,10 +36,10 @@ from teacher_cache.pipeline.data.images.ready_pixels import (
     rows_bytes,
 )
 from teacher_cache.pipeline.data.images.views import Crop
+from teacher_cache.pipeline.evaluate.twins.exclude import exclude_listed
 from teacher_cache.pipeline.models.student import build_student, student_config
 from teacher_cache.pipeline.settings.base import learned_split
 from teacher_cache.pipeline.settings.train import PixelsConfig
-from teacher_cache.pipeline.twins.exclude import exclude_listed
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.checksum import crc32c
 from teacher_cache.storage.files.local import LocalFiles

@@ -28,8 +28,8 @@ from teacher_cache.pipeline.data.batches.pairs import views_used
 from teacher_cache.pipeline.data.images.preprocess import Preprocess, handed_on
 from teacher_cache.pipeline.data.tokens import tokenizer_identity
 from teacher_cache.pipeline.data.torch_datasets.shown_pairs import ShownPair, ShowPair, rows_of
+from teacher_cache.pipeline.evaluate.twins.exclude import listed_rows
 from teacher_cache.pipeline.settings.train import OpenClipTrainConfig
-from teacher_cache.pipeline.twins.exclude import listed_rows
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.identity import CacheIdentity
 from teacher_cache.storage.read.reader import EmbeddingReader

@@ -19,6 +19,7 @@ from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import handed_on
 from teacher_cache.pipeline.data.images.ready_pixels import ReadyPixels
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit
+from teacher_cache.pipeline.evaluate.twins.exclude import exclude_listed
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import Excluded, OtherTeacher, RunRecord
 from teacher_cache.pipeline.models.student import (
@@ -32,7 +33,6 @@ from teacher_cache.pipeline.models.weights import digest_tensors
 from teacher_cache.pipeline.settings.recipes import RECIPES, trains_bias
 from teacher_cache.pipeline.settings.run_file import check_config
 from teacher_cache.pipeline.settings.train import IMAGES_ALONE, TrainConfig
-from teacher_cache.pipeline.twins.exclude import exclude_listed
 from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError, UsageError
 from teacher_cache.storage.files.location import absolute_location
 from teacher_cache.storage.format.identity import CacheIdentity, TeacherIdentity

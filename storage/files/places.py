@@ -12,15 +12,15 @@ from pathlib import Path
 MANIFEST_KEY, BACKUP_KEY = "manifest.json", "manifest.backup.json"
 
 CACHE, RUN, DEPLOYED, REGISTRY = "cache", "run", "deployed student", "registry of students"
-RUN_FILE, EXPORT = "run file", "folder of exported rows"
-_RECORDS = {MANIFEST_KEY: CACHE, BACKUP_KEY: CACHE, "run.json": RUN, "deploy.json": DEPLOYED}
+RUN_FILE, EXPORT, INDEX = "run file", "folder of exported rows", "search index"
+_RECORDS = {MANIFEST_KEY: CACHE, BACKUP_KEY: CACHE, "run.json": RUN, "deploy.json": DEPLOYED, "search.json": INDEX}
 _RECORDS |= {"candidates": REGISTRY, "export.json": EXPORT}
 TABLE, TAR, SPREADSHEET = "table", "tar of images", "spreadsheet"
 _ENDINGS = {".toml": RUN_FILE, ".tar": TAR, **dict.fromkeys((".csv", ".tsv", ".parquet", ".arrow"), TABLE)}
 _ENDINGS |= dict.fromkeys((".xlsx", ".xls", ".ods"), SPREADSHEET)
 # the field in a record that names where the place comes from
 _ORIGINS = {RUN: ("run.json", "config", "cache"), DEPLOYED: ("deploy.json", "run")}
-_ORIGINS |= {EXPORT: ("export.json", "cache")}
+_ORIGINS |= {EXPORT: ("export.json", "cache"), INDEX: ("search.json", "cache")}
 # how each kind is typed: --SETTING VALUE
 _TYPED = {CACHE: ("cache", ""), RUN: ("run", ""), DEPLOYED: ("deployed", "")}
 _TYPED |= {TABLE: ("dataset", "table:"), TAR: ("dataset", "webdataset:")}

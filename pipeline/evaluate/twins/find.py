@@ -22,8 +22,8 @@ from teacher_cache.pipeline.data.batches.stored_images import StoredImages
 from teacher_cache.pipeline.data.cores import decode_threads
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
-from teacher_cache.pipeline.twins.near_rows import NearRows, nearest_rows, read_queries, usual_cosine
-from teacher_cache.pipeline.twins.pictures import LEAST_LIKENESS, Picture
+from teacher_cache.pipeline.evaluate.twins.near_rows import NearRows, nearest_rows, read_queries, usual_cosine
+from teacher_cache.pipeline.evaluate.twins.pictures import LEAST_LIKENESS, Picture
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.look.sampling import Progress, stage

@@ -18,15 +18,15 @@ from teacher_cache.pipeline.cli.report import _twins_parts
 from teacher_cache.pipeline.evaluate.recall import recall_of_ranks
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 from teacher_cache.pipeline.evaluate.split import CachedTeacher, EvaluationSplit, embed
+from teacher_cache.pipeline.evaluate.twins import find, near_rows
+from teacher_cache.pipeline.evaluate.twins.find import Twins, find_twins
+from teacher_cache.pipeline.evaluate.twins.near_rows import nearest_rows, usual_cosine
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.pipeline.settings.train import PixelsConfig
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.pipeline.train.make_pixels import plan_pixels
-from teacher_cache.pipeline.twins import find, near_rows
-from teacher_cache.pipeline.twins.find import Twins, find_twins
-from teacher_cache.pipeline.twins.near_rows import nearest_rows, usual_cosine
 from teacher_cache.storage.errors import CacheError, CacheIncompleteError, CacheMismatchError, UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import cache_digest, finish_known_cache, make_model_folder, plan_known_cache, write_photos

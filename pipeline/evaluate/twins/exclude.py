@@ -20,7 +20,7 @@ class _Entry(BaseModel):
 
 
 class _ExcludeList(BaseModel):
-    """The fields of a list that training reads; ``teacher_cache.pipeline.twins.find.Twins`` has more."""
+    """The fields of a list that training reads; ``teacher_cache.pipeline.evaluate.twins.find.Twins`` has more."""
 
     cache: str
     split: str
