@@ -60,8 +60,8 @@ demo: install  ## precompute, train and evaluate on shipped scenes: one table in
 test: dev  ## every promise at reduced counts; 22 to 29 minutes on 2 cores
 	$(PYTEST) -m "not slow"
 
-test-all: test  ## every test: make test, then the rest, with all kills, injections, S3, Ray, browser, PostgreSQL
-	$(PYTEST) -m slow
+test-all: dev  ## every test: those of make test and the rest, with all kills, injections, S3, Ray, browser, PostgreSQL
+	$(PYTEST)
 
 lint: dev  ## ruff, mypy, the import contracts, Dockerfile, compose files
 	$(BIN)/ruff check .
