@@ -22,7 +22,7 @@ from teacher_cache.storage.errors import CacheMismatchError, CacheNotFoundError,
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.format.identity import CacheIdentity, DatasetIdentity, TargetsIdentity, ViewsIdentity
-from teacher_cache.storage.format.layout import Layout, Tower
+from teacher_cache.storage.format.layout import Layout, Tower, planned_layout
 from teacher_cache.storage.format.manifest import IMPORTED, CacheManifest, Source
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.tables import (
@@ -133,10 +133,14 @@ class PlanSettings:
         Args:
             device: type of the device that will encode, as torch names it.
             whole: list of the dataset that this is a part of: all its parts have chunks of one size.
+
+        Raises:
+            UsageError: a cache cannot have so many rows or chunks, or rows so wide.
         """
         config, rows = self.config, identity.dataset
         images, captions = whole[:2] if whole else (rows.images, rows.captions)
-        fresh = Layout(
+        fresh = planned_layout(
+            config.cache,
             embed_dim=identity.teacher.embed_dim,
             views=identity.views.count,
             image_rows=rows.images,
@@ -150,11 +154,8 @@ class PlanSettings:
         )
         if self.have is None:
             return fresh
-        configured = {
-            "image_chunk_rows": config.chunk_rows,
-            "text_chunk_rows": config.chunk_rows,
-            "batch_rows": config.batch_size,
-        }
+        configured: dict[str, int | None] = {"batch_rows": config.batch_size}
+        configured |= dict.fromkeys(("image_chunk_rows", "text_chunk_rows"), config.chunk_rows)
         defaults = {name: getattr(self.have.layout, name) for name, value in configured.items() if value is None}
         return fresh.model_copy(update={**defaults, "text_order": self.have.layout.text_order})
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.format.identity import Record
 
 MOST_ROWS, MOST_CHUNKS, MOST_DIM = 10**10, 2**22, 2**16
@@ -84,3 +85,20 @@ class Layout(Record):
     def num_chunks(self) -> int:
         """All chunks of the cache."""
         return self.chunks("image") * self.views + self.chunks("text")
+
+
+def planned_layout(location: str, **shapes: Any) -> Layout:
+    """Return the layout of a new cache, by the fields of :class:`Layout`.
+
+    Raises:
+        UsageError: a cache cannot have so many rows or chunks, or rows so wide.
+    """
+    try:
+        return Layout(**shapes)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        words = ": ".join([*map(str, problem["loc"]), problem["msg"].removeprefix("Value error, ")])
+        if not problem["loc"]:  # too many chunks
+            least = -(-(shapes["image_rows"] * shapes["views"] + shapes["text_rows"]) // (MOST_CHUNKS // 2))
+            words += f". Set chunk_rows to {least:,} or more"
+        raise UsageError(f"{location}: {words}") from error

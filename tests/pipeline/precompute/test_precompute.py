@@ -19,7 +19,7 @@ from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.data.images.preprocess import Preprocess
 from teacher_cache.pipeline.models.teacher import load_teacher
 from teacher_cache.pipeline.precompute.encode import encode_chunks
-from teacher_cache.pipeline.precompute.plan import plan_precompute
+from teacher_cache.pipeline.precompute.plan import PlanSettings, plan_precompute
 from teacher_cache.pipeline.precompute.run import precompute, seal_and_summarize
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.check.verify import verify_cache
@@ -30,7 +30,7 @@ from teacher_cache.storage.look.info import describe_cache
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.write.writer import EmbeddingWriter
 from tests.commands import run_command
-from tests.conftest import cache_digest, make_model_folder
+from tests.conftest import cache_digest, make_identity, make_model_folder
 from tests.pipeline.data.dataset_files import save_image, write_tar
 from tests.pipeline.precompute.conftest import make_config
 
@@ -69,6 +69,12 @@ def test_again_encodes_nothing(make_photos: MakePhotos, tiny_teacher: Path, tmp_
     # chunk rows left out: those of the cache
     assert precompute(settings.model_copy(update={"chunk_rows": None})).chunks_encoded == 0
     assert cache_digest(tmp_path / "c") == before
+
+
+def test_a_dataset_of_too_many_chunks_is_refused_with_the_rows_that_do() -> None:
+    settings = PlanSettings(make_config(Path("photos"), Path("teacher"), Path("c"), chunk_rows=1), None, None)
+    with pytest.raises(UsageError, match=r"^c: 8,388,608 chunks, at most 4,194,304 .* Set chunk_rows to 4 or more$"):
+        settings.layout(make_identity(4_194_304, 4_194_304), "cpu")
 
 
 def test_any_order_of_chunks_gives_the_same_bytes(make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path) -> None:
