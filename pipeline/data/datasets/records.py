@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -15,6 +15,7 @@ from teacher_cache.storage.observe.safe_text import CONTROL, MAX_NAME_CHARACTERS
 MAX_CAPTION_CHARACTERS = 16_384
 
 _KIND = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MOST_KINDS = 16
 
 ProblemKind = Literal[
     "missing-file",  # listed by the dataset, not on disk
@@ -145,6 +146,16 @@ def clean_captions(sample_id: str, captions: Iterable[str]) -> tuple[tuple[str, 
         if text and len(text) <= MAX_CAPTION_CHARACTERS:
             texts.append(text)
     return tuple(texts), problems
+
+
+def require_few_kinds(place: str, kinds: Collection[str]) -> None:
+    """Check that captions are of at most 16 kinds: each takes a byte per image in a reader's memory.
+
+    Raises:
+        UsageError: they are of more; the message begins with ``place``.
+    """
+    if len(kinds) > _MOST_KINDS:
+        raise UsageError(f"{place}: {len(kinds)} kinds of captions, and a cache has at most {_MOST_KINDS}; name fewer")
 
 
 def require_kind_of_captions(kind: str) -> str:

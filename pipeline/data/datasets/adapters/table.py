@@ -53,6 +53,7 @@ from teacher_cache.pipeline.data.datasets.files import (
 from teacher_cache.pipeline.data.datasets.records import (
     Problem,
     Record,
+    require_few_kinds,
     require_kind_of_captions,
     sample_or_problem,
 )
@@ -61,7 +62,6 @@ from teacher_cache.storage.files.places import SPREADSHEET, TAR, kind_of
 from teacher_cache.storage.files.transient import is_transient
 from teacher_cache.storage.observe.safe_text import printable
 
-_MOST_KINDS = 16  # each takes a byte per image in a reader's memory
 _SEPARATED = {"\t": "a tab", ",": "a comma", ";": "a semicolon", "|": "a bar"}
 
 
@@ -129,8 +129,7 @@ def read(
             yield Problem("bad-record", row.where, detail, lost_image=False, lost_captions=sum(map(len, own.values())))
             continue
         kinds.update(own)
-        if len(kinds) > _MOST_KINDS:
-            raise UsageError(f"{root}: more than {_MOST_KINDS} kinds of captions in the column {kind!r}; name another")
+        require_few_kinds(f"{root}, {f'column {kind!r}' if kind else 'caption='}", kinds)
         for its_kind, texts in own.items():
             image.captions.setdefault(its_kind, []).extend(texts)
 

@@ -52,6 +52,7 @@ from teacher_cache.pipeline.data.datasets.records import (
     Record,
     Uncaptioned,
     kinds_and_places,
+    require_few_kinds,
     sample_or_problem,
 )
 from teacher_cache.pipeline.data.datasets.tar_names import tar_names
@@ -218,7 +219,9 @@ def _kinds(caption: str, syn: str) -> dict[str, str]:
         )
     if unknown := [place for place in kinds.values() if place.startswith(".") and place != ".txt"]:
         raise UsageError(f"caption={printable(caption)!r}: {unknown[0]} is not read; write .txt, or a key of the .json")
-    return kinds | dict.fromkeys(of_syn, f".{SYNTHETIC}")
+    places = kinds | dict.fromkeys(of_syn, f".{SYNTHETIC}")
+    require_few_kinds("caption=", places)
+    return places
 
 
 def check(root: str, *, txt: str = "whole", ids: str = "key", caption: str = "", syn: str = "", **_: str) -> None:

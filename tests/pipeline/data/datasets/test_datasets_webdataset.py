@@ -320,3 +320,5 @@ def test_captions_of_kinds(tmp_path: Path, pictures: list[bytes]) -> None:
             kinds(**wrong)
     with pytest.raises(UsageError, match=r"\.vtt is not read"):
         kinds(caption="real:.vtt")
+    with pytest.raises(UsageError, match="17 kinds of captions, and a cache has at most 16"):
+        kinds(caption=",".join(f"k{number}:key" for number in range(16)), syn="made:syn_text")
