@@ -85,7 +85,7 @@ class TargetDataset(Dataset[dict[str, Tensor]]):
 
     Raises:
         CacheNotFoundError, CacheIncompleteError, CacheCorruptError: The cache cannot be used, or lacks a chunk.
-        UsageError: There is no such split or view, or images have no caption.
+        UsageError: There is no such split, view or kind of captions, or images have no caption.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class TargetDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         if dtype not in ("float16", "float32"):
             raise UsageError(f"dtype is {dtype!r}, choose 'float16' or 'float32'")
+        if caption_kinds and not captions:
+            raise UsageError("caption_kinds draws captions, and captions is 0: leave one of them out")
         reader = EmbeddingReader(cache) if isinstance(cache, str) else cache
         self.kept_chunks = _ALL_CHUNKS
         self._opened = _Opened(reader, self.kept_chunks)
