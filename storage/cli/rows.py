@@ -97,7 +97,7 @@ def _sample_lines(sample: RowSample) -> list[str]:
 def _neighbour_lines(near: Neighbours) -> list[str]:
     lines = [] if near.image is None else _image_lines(near.image)
     if near.caption is not None:
-        lines.append(f"caption {near.caption.row} of {near.caption.sample_id}: {near.caption.text}")
+        lines.append(f"caption {near.caption.row} of {near.caption.sample_id}: {_text(near.caption)}")
     view = f", view {near.view}" if near.view else ""
     return [
         *lines,
@@ -122,7 +122,11 @@ def _names(image: ImageRow) -> tuple[str, ...]:
 
 def _caption_line(caption: CaptionRow, named: bool = False) -> str:
     owner = f"  (of {caption.sample_id})" if named else ""
-    return f"  {caption.cosine:.3f}  row {caption.row}  {caption.text}{owner}"
+    return f"  {caption.cosine:.3f}  row {caption.row}  {_text(caption)}{owner}"
+
+
+def _text(caption: CaptionRow) -> str:
+    return f"{caption.kind}: {caption.text}" if caption.kind else caption.text
 
 
 def _stats_parts(result: CacheStats) -> Iterator[Part]:

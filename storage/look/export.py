@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.new_files import new_folder, require_free
-from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
+from teacher_cache.storage.format.tables import CAPTIONS, KIND, SAMPLES
 from teacher_cache.storage.look.sampling import Progress, require_view, stage
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -182,13 +182,15 @@ def _write_npy(
 
 
 def _metadata(reader: EmbeddingReader, image_rows: NDArray[np.int64], text_rows: NDArray[np.int64] | None) -> pa.Table:
-    """Return image_path and caption, as clip-retrieval names them, and the rows of the pair in the cache."""
+    """Return image_path and caption, as clip-retrieval names them, its kind, and the rows of the pair in the cache."""
     samples = reader.table_rows(SAMPLES, image_rows)
     root = reader.manifest.source.image_root
     paths = [os.path.join(root, uri) for uri in samples["uri"].to_pylist()]  # noqa: PTH118  # a URL too
+    captions = None if text_rows is None else reader.table_rows(CAPTIONS, text_rows)
     columns = {
         "image_path": pa.array(paths, pa.string()),
-        "caption": None if text_rows is None else reader.table_rows(CAPTIONS, text_rows)["text"],
+        "caption": None if captions is None else captions["text"],
+        "kind": captions[KIND] if captions is not None and reader.caption_kinds else None,
         "sample_id": samples["sample_id"],
         "split": samples["split"],
         "offset": samples["offset"],  # of an image inside a tar, else -1

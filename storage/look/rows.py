@@ -27,6 +27,7 @@ class CaptionRow(BaseModel, frozen=True):
 
     row: int
     text: str
+    kind: str | None = Field(None, description="Kind of the caption, if the dataset names kinds.")
     image_row: int
     sample_id: str = Field(description="Name of its image.")
     cosine: float | None = Field(description="Cosine with the row it is shown beside; None without an embedding.")
