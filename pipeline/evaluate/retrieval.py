@@ -180,7 +180,7 @@ def measure(config: EvaluateConfig, progress: Progress | None = None) -> Measure
     student = towers = together = twins = None
     others: tuple[OtherTeacher, ...] = ()
     if config.other_caches:
-        others, together = measure_others(split, teacher_rows, config.other_caches, config.device)
+        others, together = measure_others(split, teacher_rows, config.other_caches, config.device, config.caption_kind)
     if run is not None:
         own, in_teacher_space = _student_rows(config, split, run.student, progress)
         student = split.ranks(*own, depth, config.device)

@@ -24,20 +24,22 @@ class OtherTeacher(BaseModel, frozen=True):
 
 
 def measure_others(
-    split: EvaluationSplit, first: Embedded, caches: Sequence[str], device: str
+    split: EvaluationSplit, first: Embedded, caches: Sequence[str], device: str, kind: str | None = None
 ) -> tuple[tuple[OtherTeacher, ...], Recalls]:
     """Measure further teachers, and all of them together: by the mean of their logits, each at its own scale.
 
     Args:
         first: rows of the first teacher.
         caches: the caches of the others, which are joined to the split's by content.
+        kind: kind of the split's captions. Default: all captions.
 
     Raises:
         UsageError: a cache lacks an image or a caption of the split.
         CacheError: a cache is missing, unfinished or damaged.
     """
     readers = [EmbeddingReader(cache) for cache in caches]
-    joined = join_caches(split.reader, readers, RowSet.of(split.image_rows), way_out="Or measure it by itself.")
+    rows = RowSet.of(split.image_rows)
+    joined = join_caches(split.reader, readers, rows, [kind], way_out="Or measure it by itself.")
     embedded = [first, *(embed(split, CachedTeacher(cache)) for cache in joined)]
     scales = [reader.identity.teacher.logit_scale for reader in (split.reader, *readers)]
     # the dot product of the rows side by side is the mean of the logits, but for a factor

@@ -172,7 +172,7 @@ def _rows_to_learn(config: TrainConfig, reader: EmbeddingReader, split: str) -> 
 def _join(
     config: TrainConfig, reader: EmbeddingReader, others: list[EmbeddingReader], rows: RowSet
 ) -> tuple[JoinedCache, ...]:
-    captions = config.captions_per_image > 0
+    captions: tuple[str | None, ...] = tuple(config.caption_kinds) or (None,) * (config.captions_per_image > 0)
     return join_caches(reader, others, rows, captions, drop=config.unmatched == "drop", way_out=_DROP)
 
 

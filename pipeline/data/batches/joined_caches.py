@@ -41,7 +41,7 @@ def join_caches(
     first: EmbeddingReader,
     others: Sequence[EmbeddingReader],
     rows: RowSet,
-    captions: bool = True,
+    captions: Sequence[str | None] = (None,),
     drop: bool = False,
     way_out: str = "",
 ) -> tuple[JoinedCache, ...]:
@@ -54,7 +54,7 @@ def join_caches(
     Args:
         rows: images of the first cache that must be in all of them. With ``drop`` it is changed: what another cache
             lacks is removed.
-        captions: whether all captions of these images must be there too.
+        captions: kinds of captions of these images that must be there too; None for all captions, empty for none.
         drop: drop images that a cache lacks, or of which it lacks a caption, instead of refusing.
         way_out: further advice for the error.
 
@@ -72,10 +72,10 @@ def join_caches(
                 "cache of another teacher"
             )
         seen[digest] = other.location
-        cache = _joined(first, other, captions)
+        cache = _joined(first, other, bool(captions))
         lacking, without_image = _lacking(first, cache, rows, captions)
         if len(lacking) and (not drop or len(lacking) == len(rows)):
-            raise UsageError(_refusal(first, cache, len(rows), lacking, without_image) + way_out * (not drop))
+            raise UsageError(_refusal(first, cache, len(rows), lacking, without_image, captions) + way_out * (not drop))
         for row in lacking.tolist():
             rows.remove(row)
         joined.append(cache)
@@ -126,29 +126,46 @@ def _joined(first: EmbeddingReader, other: EmbeddingReader, captions: bool) -> J
     return JoinedCache(other, images, texts)
 
 
-def _lacking(first: EmbeddingReader, cache: JoinedCache, rows: RowSet, captions: bool) -> tuple[NDArray[np.int64], int]:
+def _lost_captions(
+    first: EmbeddingReader, cache: JoinedCache, rows: NDArray[np.int64], kinds: Sequence[str | None]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the captions of images that the other cache lacks, and the position of each one's image."""
+    none = np.empty(0, np.int64)
+    texts, owners = map(
+        np.concatenate, zip((none, none), *(first.caption_rows(rows, kind) for kind in kinds), strict=True)
+    )
+    lost = cache.captions[texts] < 0
+    return texts[lost], owners[lost]
+
+
+def _lacking(
+    first: EmbeddingReader, cache: JoinedCache, rows: RowSet, kinds: Sequence[str | None]
+) -> tuple[NDArray[np.int64], int]:
     """Return the images without a counterpart, or with a caption without one, and the number of the former."""
     lacking, without_image = [np.empty(0, np.int64)], 0
     for part in rows.parts():
         lost = cache.images[part] < 0
         without_image += int(lost.sum())
-        if captions:
-            texts, owners = first.caption_rows(part)
-            lost[owners[cache.captions[texts] < 0]] = True
+        lost[_lost_captions(first, cache, part, kinds)[1]] = True
         lacking.append(part[lost])
     return np.concatenate(lacking), without_image
 
 
 def _refusal(
-    first: EmbeddingReader, cache: JoinedCache, images: int, lacking: NDArray[np.int64], without_image: int
+    first: EmbeddingReader,
+    cache: JoinedCache,
+    images: int,
+    lacking: NDArray[np.int64],
+    without_image: int,
+    kinds: Sequence[str | None],
 ) -> str:
     """Return what is missing in words: both caches, the counts, the first image or caption, and the way out."""
     other, row = cache.reader, lacking[:1]
     sample = first.table_rows(SAMPLES, row).to_pylist()[0]
     lost = f"the image {sample['sample_id']} (sha256 {sample['content_sha256'][:12]})"
     if cache.images[row[0]] >= 0:
-        texts, _ = first.caption_rows(row)
-        missing = first.table_rows(CAPTIONS, texts[cache.captions[texts] < 0][:1])["text"][0].as_py()
+        texts, _ = _lost_captions(first, cache, row, kinds)
+        missing = first.table_rows(CAPTIONS, texts[:1])["text"][0].as_py()
         lost = f"the caption {missing!r} of {lost}"
     return (
         f"{other.location}: of the {images:,} images of {first.location} that are asked for, {without_image:,} have no "

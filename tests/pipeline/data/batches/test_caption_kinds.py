@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from scipy.stats import chisquare
 
 from teacher_cache.pipeline.cli.app import app
+from teacher_cache.pipeline.data.batches.joined_caches import join_caches
 from teacher_cache.pipeline.data.batches.pairs import CaptionDraw, PairOrder
 from teacher_cache.pipeline.data.torch_datasets.streamed_targets import StreamedTargets
 from teacher_cache.pipeline.data.torch_datasets.target_dataset import TargetDataset
@@ -55,8 +58,8 @@ def made(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(folder: Path, teacher: Path, name: str, settings: str = "", **changes: Any) -> Any:
     config = {"batch_size": 8, "chunk_rows": 8, "device": "cpu", **changes}
-    dataset, cache = f"table:{folder}/pairs.csv{settings}", f"{folder}/{name}.cache"
-    return precompute(PrecomputeConfig(dataset=dataset, teacher=f"local-dir:{teacher}", cache=cache, **config))
+    config = {"dataset": f"table:{folder}/pairs.csv{settings}", "cache": f"{folder}/{name}.cache", **config}
+    return precompute(PrecomputeConfig(teacher=f"local-dir:{teacher}", **config))
 
 
 @pytest.fixture
@@ -182,7 +185,12 @@ def test_a_kind_is_measured_and_shown(made: Path) -> None:
     assert json.loads(said("stats", made / "plain.cache", "--json"))["true_pairs_of"] == {}
     shown = said("stats", cache)
     assert "of synthetic captions" in shown
+    said("export", cache, "--captions", "all", "--out", made / "rows")
+    assert pq.read_table(made / "rows" / "metadata")["kind"].to_pylist() == kinds_of(
+        EmbeddingReader(str(cache)), range(104)
+    )
     assert "real 40, synthetic 64" in shown
+    assert re.search(r"row 1  real: picture 1\n .* row 2  synthetic: a rendering 0 of 1\n", said("look", cache, "1"))
 
 
 @pytest.mark.parametrize(
@@ -201,11 +209,31 @@ def test_what_cannot_be_drawn_is_refused(made: Path, tmp_path: Path, settings: d
         train(train_config(cache, make_student(tmp_path / "student.json"), tmp_path / "run", **settings))
 
 
+def test_only_the_kinds_that_are_drawn_must_be_in_another_teachers_cache(
+    made: Path, reader: EmbeddingReader, tiny_teacher: Path
+) -> None:
+    lines = (made / "pairs.csv").read_text().splitlines(keepends=True)
+    (made / "real.csv").write_text("".join(line for line in lines if "synthetic" not in line))
+    make(made, tiny_teacher, "real", reuse=f"{made}/plain.cache", dataset=f"table:{made}/real.csv")
+    other, rows = EmbeddingReader(f"{made}/real.cache"), reader.row_set("train")
+    (joined,) = join_caches(reader, [other], rows, ["real"])
+    pairs = next(PairOrder(reader, rows, 8, 1, seed=0, caption_kinds={"real": 1}).epoch(0))
+    texts = [
+        one.captions["text"].take(own.caption_rows[:, 0]) for one, own in ((reader, pairs), (other, joined.rows(pairs)))
+    ]
+    assert texts[0].equals(texts[1])
+    for kinds in (["synthetic"], ["real", "synthetic"], [None]):
+        with pytest.raises(UsageError, match=r"of 25 others a caption is missing; .* caption 'a rendering 0 of 1'"):
+            join_caches(reader, [other], rows, kinds)
+
+
 def test_what_cannot_be_measured_or_joined_is_refused(made: Path, tmp_path: Path) -> None:
     for kind, message in (("reel", "there are real, synthetic"), ("synthetic", "1 of 8 images have no caption of")):
         with pytest.raises(UsageError, match=message):
             evaluate(EvaluateConfig(cache=f"{made}/kinds.cache", split="test", caption_kind=kind, device="cpu"))
     for name in ("plain", "part-1"):
         (tmp_path / f"{name}.cache").symlink_to(made / f"{name}.cache")
+    with pytest.raises(UsageError, match="caption_kinds draws captions, and captions is 0"):
+        TargetDataset(f"{made}/kinds.cache", captions=0, caption_kinds=MIXED)
     with pytest.raises(CacheMismatchError, match=r"only the captions of .*part-1.cache have kinds"):
         EmbeddingReader(f"{tmp_path}/*.cache")
