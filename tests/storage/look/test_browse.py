@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.look.nearest import unit_rows
-from teacher_cache.storage.look.rows import find_neighbours, sample_images
+from teacher_cache.storage.look.rows import CaptionRow, find_neighbours, sample_images
 from teacher_cache.storage.read.reader import EmbeddingReader
 from tests.conftest import known_row, make_known_cache
 from tests.storage.look.test_stats import naive_nearest
@@ -136,7 +136,12 @@ def test_as_people_see_it(known_cache: Path) -> None:
 
 
 def test_a_caption_cannot_command_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from teacher_cache.storage.cli.app import print_lines
+    from teacher_cache.storage.cli.app import print_json, print_lines
 
     print_lines("red \x1b[31m and\na new line [bold]é")
     assert capsys.readouterr().out == "red \ufffd[31m and\ufffda new line [bold]é\n"
+    caption = CaptionRow(row=0, text="\x9b31m\x85\x7f\u2028\né", image_row=0, sample_id="a", cosine=None)
+    print_json(caption)
+    printed = capsys.readouterr().out
+    assert r'"text": "\u009b31m\u0085\u007f\u2028\né"' in printed
+    assert CaptionRow.model_validate_json(printed) == caption
