@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from teacher_cache.storage.observe.safe_text import unmarked
+
 if TYPE_CHECKING:
     from teacher_cache.pipeline.deploy.run import DeployResult
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
@@ -154,11 +156,14 @@ def deployment_text(result: DeployResult) -> str:
 
     table = result.table
     lines = [f"# {code(result.out)}", "", to_markdown(table)]
-    gates = ([gate.name, f"{gate.found:.6g}", gate.wanted.replace("<", "&lt;")] for gate in table.gates)
+    gates = ([gate.name, f"{gate.found:.6g}", unmarked(gate.wanted)] for gate in table.gates)
     lines += _table(["gate", "found", "wanted"], gates)
     lines += [
         "",
-        *(f"- no int8 file of the {tower} tower: {why}" for tower, why in result.deployment.not_quantised.items()),
+        *(
+            f"- no int8 file of the {tower} tower: {unmarked(why)}"
+            for tower, why in result.deployment.not_quantised.items()
+        ),
     ]
     return "\n".join(lines)
 
@@ -166,7 +171,7 @@ def deployment_text(result: DeployResult) -> str:
 def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None, candidate: Candidate | None) -> str:
     """Return the text of a retraining: the changes, the work done, and the reason of the verdict."""
     lines = [f"# {outcome}", "", f"{code(found.cache)}: {found.images:,} images, {found.captions:,} captions."]
-    lines += [line for notice in found.notices for line in ("", notice)]
+    lines += [line for notice in found.notices for line in ("", unmarked(notice))]
     if found.changes is not None:
         lines += ["", *_table(["against the newest cache", "new", "gone"], _changes(found.changes))]
     if encoded is not None and not encoded.chunks_encoded:
@@ -178,8 +183,8 @@ def retraining_text(outcome: str, found: Look, encoded: PrecomputeResult | None,
         if problems := problem_lines(encoded):
             lines += ["", *_list("Problems", problems)]
     if candidate is not None:
-        lines += ["", f"Student {candidate.number}, {code(candidate.run)}: {candidate.reason}.", ""]
-        lines += [line for learned in candidate.learned_lines() for line in (f"{learned}.", "")]
+        lines += ["", f"Student {candidate.number}, {code(candidate.run)}: {unmarked(candidate.reason)}.", ""]
+        lines += [line for learned in candidate.learned_lines() for line in (f"{unmarked(learned)}.", "")]
         lines += _table([f"recall on {code(candidate.split)}", "student", "champion before"], _compared(candidate))
     return "\n".join(lines)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from teacher_cache.pipeline.deploy.table import Retained, StudentTable, TableRow
 from teacher_cache.pipeline.evaluate.recall import mean_recall
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 from teacher_cache.pipeline.models.run_record import AveragedRun, RunRecord
+from teacher_cache.storage.observe.safe_text import unmarked
 
 _COLOURS = {"teacher": "#7f7f7f", "student": "#1f77b4", "int8": "#d95f02", "fp32": "#1b9e77", "OpenVINO": "#7570b3"}
 
@@ -104,7 +104,9 @@ def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[A
         f"kept in float: {'; '.join(f'{kind}, {why}' for kind, why in report.kept_float.items()) or 'none'}"
         for tower, report in table.int8.items()
     ]
-    files += [f"- no int8 file of the {tower} tower: {why}" for tower, why in deployment.not_quantised.items()]
+    files += [
+        f"- no int8 file of the {tower} tower: {unmarked(why)}" for tower, why in deployment.not_quantised.items()
+    ]
     gates = "\n".join(f"| {gate.name} | {gate.found:.7g} | {gate.wanted} |" for gate in table.gates)
     # the runtime needs both towers of one variant
     smallest = "int8" if len(deployment.towers.get("int8", {})) == 2 else "fp32"
@@ -116,7 +118,7 @@ def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[A
 # {deployment.name}
 
 A CLIP student with {deployment.parameters:,} parameters and {deployment.embed_dim} dimensions, distilled from
-{_plain(deployment.teacher)} by its cached embeddings (cache {deployment.cache_manifest_digest[:12]}).
+{unmarked(deployment.teacher)} by its cached embeddings (cache {deployment.cache_manifest_digest[:12]}).
 It sees {size} pixels and reads up to {deployment.tokenization.context_length} tokens.{runs}
 
 ![Size, speed and recall of {deployment.name}, its teacher and its ONNX files](table.png)
@@ -157,9 +159,10 @@ def run_card(name: str, record: RunRecord, size: tuple[int, int], measured: Sequ
         size: height and width of its images, in pixels.
         measured: evaluations of the checkpoint that is published.
     """
+    chosen = ", which its checkpoint was chosen on"
     lines = [
-        f"| {result.split}{', which its checkpoint was chosen on' if result.chosen_on == result.split else ''} "
-        f"| {result.images:,} | {mean_recall(result.teacher):.1f} | {mean_recall(result.student):.1f} |"
+        f"| {unmarked(result.split)}{chosen if result.chosen_on == result.split else ''} | {result.images:,} "
+        f"| {mean_recall(result.teacher):.1f} | {mean_recall(result.student):.1f} |"
         for result in measured
         if result.student is not None
     ]
@@ -169,7 +172,7 @@ def run_card(name: str, record: RunRecord, size: tuple[int, int], measured: Sequ
 # {name}
 
 A CLIP student with {record.student_parameters:,} parameters and {record.student_config["embed_dim"]} dimensions,
-distilled from {_plain(record.teacher)} by its cached embeddings (cache {record.cache_manifest_digest[:12]}).
+distilled from {unmarked(record.teacher)} by its cached embeddings (cache {record.cache_manifest_digest[:12]}).
 It sees {size[0]}x{size[1]} pixels.
 
 {recalls}
@@ -186,11 +189,6 @@ def on_hub(card: str, repository: str) -> str:
         fetch = f"`hf download {repository} --local-dir FOLDER` fetches the files.\n\n"
         card = card.replace("## Use\n", f"## Use\n{fetch}", 1)
     return card
-
-
-def _plain(name: str) -> str:
-    """Return a name that comes from a cache, without line ends and markup: a card is shown as a web page."""
-    return escape(" ".join(name.split()), quote=False).replace("[", "\\[")
 
 
 def _header(*tags: str) -> str:

@@ -13,6 +13,7 @@ from teacher_cache.pipeline.evaluate.learned import learned_words
 from teacher_cache.pipeline.evaluate.recall import chance_recall, mean_recall
 from teacher_cache.storage.cli.tables import Table
 from teacher_cache.storage.observe.quantities import counted
+from teacher_cache.storage.observe.safe_text import unmarked
 
 
 class Int8Report(BaseModel, frozen=True):
@@ -222,8 +223,9 @@ def _columns(table: StudentTable) -> list[tuple[str, _Cell]]:
 def to_markdown(table: StudentTable) -> str:
     """Return the table in Markdown, a row per model, with the conditions of the measurement below it."""
     headings, rows = cells(table)
-    lines = [["model", *headings[1:]], ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", describe(table)]) + "\n"
+    lines = [["model", *headings[1:]], ["---", *["---:"] * (len(headings) - 1)], *(map(unmarked, row) for row in rows)]
+    described = map(unmarked, describe(table).splitlines())
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *described]) + "\n"
 
 
 def describe(table: StudentTable) -> str:

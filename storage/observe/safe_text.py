@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import escape
 
 _HIDDEN = "***"
 # not printable to Python, and part of names: no-break and ideographic space, joiners of Persian, Hindi and emoji
@@ -48,6 +49,11 @@ def printable(text: str) -> str:
     shown = CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), shown)
     is_cut = len(text) > MAX_NAME_CHARACTERS or len(shown) > _SHOWN_CHARACTERS
     return f"{shown[:_SHOWN_CHARACTERS]}..." if is_cut else shown
+
+
+def unmarked(text: str) -> str:
+    """Return a text for Markdown that is shown as a web page: without line ends and markup."""
+    return escape(" ".join(text.split()), quote=False).replace("[", "\\[").replace("|", "\\|")
 
 
 def shown(text: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from teacher_cache.flows.markdown import cache_text, code, problem_lines, recall_text, run_text
+from teacher_cache.flows.markdown import cache_text, code, problem_lines, recall_text, retraining_text, run_text
 from teacher_cache.flows.precompute_teacher import summary_table
 from teacher_cache.flows.report_artifacts import ReportLeft, image_uri, page_beside
 from teacher_cache.flows.serve import REPORTS_URL
@@ -79,6 +79,11 @@ def test_recall_is_a_table_with_what_was_kept_and_its_interval():
         "| t2i R@10 | 40.0 | 20.0 | 50.0 % |",
         "| mean | 48.3 | 24.2 | 50.2 % [45.0, 55.0] |",
     ]
+
+
+def test_a_notice_is_no_markup():
+    look = SimpleNamespace(cache="c", images=1, captions=1, notices=("<b> [a](b)\n# c",), changes=None)
+    assert retraining_text("nothing-new", look, None, None).splitlines()[-1] == r"&lt;b&gt; \[a](b) # c"
 
 
 def test_each_tower_that_was_measured_has_a_line():

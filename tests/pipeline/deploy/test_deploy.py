@@ -227,8 +227,8 @@ def test_the_card_tells_of_a_mean_and_of_a_choice(trained: Path, deployed: tuple
     assert (out / "README.md").read_text() == model_card(result.deployment, result.table, ())
     plain, mean = (model_card(result.deployment, result.table, averaged) for averaged in ((), runs))
     assert mean.replace(" Its weights are the mean of those of 3 runs that began alike.", "") == plain != mean
-    chosen = result.table.model_copy(update={"chosen_on": "test"})
-    assert ", chosen on test." in model_card(result.deployment, chosen, ())
+    chosen = result.table.model_copy(update={"chosen_on": "<b>[a|b](c)"})
+    assert r", chosen on &lt;b&gt;\[a\|b](c)." in model_card(result.deployment, chosen, ())
 
 
 def test_a_damaged_tower_ships_nothing_and_says_by_how_much(
