@@ -37,6 +37,7 @@ register(
     ("Ship", "infer", "deploy", "Score texts against images with a deployed student."),
     ("Ship", "students", "champions", "Champions and challengers: list, promote, retrain, rollback."),
     ("Look inside", "index", "search", "Build a search index over a cache, with a bound on the recall that it loses."),
+    ("Look inside", "search", "search", "Search an index by a text or a picture."),
     ("Operate", "report", "report", "Write one HTML page about a cache and its students."),
     ("Operate", "demo", "demo", "Run the main job on built-in scenes: precompute, train, evaluate."),
 )

@@ -1,20 +1,33 @@
-"""The command ``index``."""
+"""The commands ``index`` and ``search``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from teacher_cache.storage.cli.app import cache_argument, command, json_flag, option, print_result
+from teacher_cache.storage.cli.app import (
+    Argument,
+    cache_argument,
+    command,
+    complete_cache,
+    json_flag,
+    of_kind,
+    option,
+    print_result,
+    refuse_unused,
+)
 from teacher_cache.storage.cli.tables import Part, Table
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.places import CACHE, DEPLOYED, INDEX
+from teacher_cache.storage.observe.logs import suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 from teacher_cache.storage.observe.quantities import byte_size
 
 if TYPE_CHECKING:
+    from teacher_cache.pipeline.search.query import Answer, QueryEncoder, SearchIndex
     from teacher_cache.pipeline.search.record import IndexRecord
 
 
@@ -42,6 +55,56 @@ def index(cache: str, within: float, out: str, factory: str, as_json: bool) -> N
     with StageProgress() as progress:
         record = build_index(cache, out, within, factory, progress)
     print_result(record, as_json, lambda _: _certificate(record, out))
+    if not as_json:
+        suggest_next("search", out, "a dog in the snow")
+
+
+@command("search", example="search coco.index 'a dog in the snow' --student deployed/a")
+@click.argument("index", cls=Argument, callback=of_kind(INDEX), described="Folder that teacher-cache index wrote.")
+@click.argument("query", cls=Argument, described="Text, which finds images; or an image file, which finds captions.")
+@option(
+    "--student", "Folder of a deployed student that embeds the query. Default: the teacher.", callback=of_kind(DEPLOYED)
+)
+@option("--teacher", "The teacher, if it lies elsewhere than the cache says.")
+@option("--pretrained", "Tag or weights file of the teacher.")
+@option("--cache", "The cache, if it was moved.", callback=of_kind(CACHE), shell_complete=complete_cache)
+@option("--count", "Number of answers.", 10, least=1)
+@json_flag
+def search(index: str, query: str, count: int, as_json: bool, **options: Any) -> None:
+    """Order the answers by exact cosine. Nothing is written."""
+    if not query.strip():
+        raise UsageError("the query is empty: write a text, or name an image file")
+    from teacher_cache.pipeline.data.datasets.files import require_there
+    from teacher_cache.pipeline.search.query import SearchIndex, ask, is_picture
+
+    if is_picture(query):
+        require_there(query)  # before a model is loaded
+    opened = SearchIndex(index, options["cache"])
+    answer = ask(opened, _encoder(opened, options), query, count)
+    print_result(answer, as_json, lambda _: _answers(answer))
+
+
+def _encoder(index: SearchIndex, options: dict[str, Any]) -> QueryEncoder:
+    from teacher_cache.pipeline.search.query import student_queries, teacher_queries
+
+    if options["student"] is None:
+        return teacher_queries(index, options["teacher"], options["pretrained"])
+    refuse_unused(("teacher", "pretrained"), "with --student")
+    from teacher_cache.pipeline.deploy.runtime import StudentRuntime
+
+    return student_queries(StudentRuntime(options["student"]), index)
+
+
+def _answers(answer: Answer) -> Iterator[Part]:
+    what = "images" if answer.answers == "image" else "captions"
+    table = Table(f"{what} nearest to {answer.query}, by {answer.model}")
+    table.add_column("cosine", right=True)
+    table.add_column("row", right=True)
+    for name in ("image", "caption"):
+        table.add_column(name)
+    for match in answer.matches:
+        table.add_row(f"{match.cosine:.3f}", f"{match.row}", match.sample_id, match.caption)
+    yield table
 
 
 def _certificate(record: IndexRecord, out: str) -> Iterator[Part]:
