@@ -126,7 +126,7 @@ def test_a_shell_completes_commands_and_caches(known_cache: Path, monkeypatch: p
     assert complete_location("known.c") == ["known.cache"]
 
     monkeypatch.setenv("_TEACHER_CACHE_COMPLETE", "bash_complete")
-    monkeypatch.setenv("COMP_WORDS", "teacher-cache in")
+    monkeypatch.setenv("COMP_WORDS", "teacher-cache inf")
     monkeypatch.setenv("COMP_CWORD", "1")
     assert run.invoke(app, [], prog_name="teacher-cache").stdout.split() == ["plain,info", "plain,infer"]
     monkeypatch.setenv("COMP_WORDS", "teacher-cache info known.c")
