@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,13 +18,14 @@ from teacher_cache.storage.cli.app import (
     json_flag,
     of_kind,
     option,
+    print_lines,
     print_result,
     refuse_unused,
 )
 from teacher_cache.storage.cli.tables import Part, Table
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import CACHE, DEPLOYED, INDEX
-from teacher_cache.storage.observe.logs import suggest_next
+from teacher_cache.storage.observe.logs import hint, suggest_next
 from teacher_cache.storage.observe.progress import StageProgress
 from teacher_cache.storage.observe.quantities import byte_size
 
@@ -61,7 +64,12 @@ def index(cache: str, within: float, out: str, factory: str, as_json: bool) -> N
 
 @command("search", example="search coco.index 'a dog in the snow' --student deployed/a")
 @click.argument("index", cls=Argument, callback=of_kind(INDEX), described="Folder that teacher-cache index wrote.")
-@click.argument("query", cls=Argument, described="Text, which finds images; or an image file, which finds captions.")
+@click.argument(
+    "query",
+    cls=Argument,
+    required=False,
+    described="Text, which finds images; or an image file, which finds captions. Not with --serve.",
+)
 @option(
     "--student", "Folder of a deployed student that embeds the query. Default: the teacher.", callback=of_kind(DEPLOYED)
 )
@@ -70,8 +78,20 @@ def index(cache: str, within: float, out: str, factory: str, as_json: bool) -> N
 @option("--cache", "The cache, if it was moved.", callback=of_kind(CACHE), shell_complete=complete_cache)
 @option("--count", "Number of answers.", 10, least=1)
 @json_flag
-def search(index: str, query: str, count: int, as_json: bool, **options: Any) -> None:
+@click.option("--serve", is_flag=True, help="Answer on a web page of this machine, with the pictures, until Ctrl-C.")
+@option("--port", "Port of the page; 0 takes any free one.", 8800, least=0)
+@option("--host", "Address to listen on. Any other one shows captions and pictures to the network.", "127.0.0.1")
+@option("--image-root", "Folder or URL of the page's images, if they moved. Default: the recorded place.")
+def search(index: str, query: str | None, count: int, as_json: bool, serve: bool, **options: Any) -> None:
     """Order the answers by exact cosine. Nothing is written."""
+    if serve:
+        if query is not None or as_json:
+            raise UsageError("--serve takes queries on its page; leave QUERY and --json out")
+        _serve(index, count, options)
+        return
+    refuse_unused(("port", "host", "image_root"), "without --serve")
+    if query is None:
+        raise UsageError("QUERY is missing: a text, or an image file; or --serve, for a web page")
     if not query.strip():
         raise UsageError("the query is empty: write a text, or name an image file")
     from teacher_cache.pipeline.data.datasets.files import require_there
@@ -82,6 +102,20 @@ def search(index: str, query: str, count: int, as_json: bool, **options: Any) ->
     opened = SearchIndex(index, options["cache"])
     answer = ask(opened, _encoder(opened, options), query, count)
     print_result(answer, as_json, lambda _: _answers(answer))
+
+
+def _serve(folder: str, count: int, options: dict[str, Any]) -> None:
+    from teacher_cache.pipeline.search.page import SearchPage
+    from teacher_cache.pipeline.search.query import SearchIndex
+    from teacher_cache.pipeline.search.serve import SearchServer
+
+    index = SearchIndex(folder, options["cache"])
+    page = SearchPage(index, _encoder(index, options), options["image_root"], count)
+    with SearchServer(page, options["host"], options["port"]) as server, suppress(KeyboardInterrupt):
+        if not ip_address(server.address).is_loopback:
+            hint(f"warning: whoever reaches {server.address} sees captions and pictures, without a password")
+        print_lines(f"http://{server.address}:{server.server_port}/ answers from {folder}; Ctrl-C ends it")
+        server.serve_forever()
 
 
 def _encoder(index: SearchIndex, options: dict[str, Any]) -> QueryEncoder:

@@ -53,7 +53,8 @@ class QueryEncoder:
 
     Attributes:
         name: for results.
-        text, image: functions of a text, and of the bytes of a picture, to (dim,) float32 of unit norm.
+        text, image: functions of a text, and of the bytes of a picture, to (dim,) float32 of unit norm; the latter
+            raises UndecodableImageError.
     """
 
     name: str
@@ -111,13 +112,15 @@ class SearchIndex:
         best = np.lexsort((positions, -cosines))[:count]
         return self._described(answers, positions[best], cosines[best])
 
-    def image_vector(self, image_row: int) -> _Vector | None:
-        """Return the cached embedding of an image, (dim,) unit norm; None if it is not in the index."""
-        rows = self._rows.rows["image"]
-        at = int(np.searchsorted(rows, image_row))
-        if at == len(rows) or rows[at] != image_row:
-            return None
-        return np.asarray(self._rows.embeddings("image", np.array([at]))[0])
+    @property
+    def images(self) -> NDArray[np.int64]:
+        """Rows of the cache whose images are in the index, ascending."""
+        return self._rows.rows["image"]
+
+    def image_vector(self, image_row: int) -> _Vector:
+        """Return the cached embedding of one of :attr:`images`, (dim,) unit norm."""
+        at = np.searchsorted(self.images, [image_row])
+        return np.asarray(self._rows.embeddings("image", at)[0])
 
     def _described(
         self, answers: Tower, positions: NDArray[np.int64], cosines: NDArray[np.float64]
@@ -169,6 +172,7 @@ def teacher_queries(
         UsageError: the teacher cannot be loaded.
         CacheMismatchError: it is not the cache's teacher; the message names each difference with both values.
     """
+    from teacher_cache.pipeline.data.images.decode import UndecodableImageError
     from teacher_cache.pipeline.data.images.decoders import PILLOW, open_image
     from teacher_cache.pipeline.evaluate.zero_shot import TeacherEncoder
     from teacher_cache.pipeline.models.teacher import load_teacher
@@ -180,11 +184,14 @@ def teacher_queries(
     live = load_teacher(name, tag, device, manifest.identity.teacher.precision, decoder)
     live.require(manifest.identity, location)
     encoder = TeacherEncoder(live)
-    return QueryEncoder(
-        f"teacher {live.name}",
-        lambda text: encoder.embed_texts([text])[0],
-        lambda data: encoder.embed_images([encoder.prepare(open_image(data, decoder))])[0],
-    )
+
+    def image(data: bytes) -> _Vector:
+        try:
+            return encoder.embed_images([encoder.prepare(open_image(data, decoder))])[0]
+        except ValueError as error:  # too long a strip
+            raise UndecodableImageError(str(error)) from error
+
+    return QueryEncoder(f"teacher {live.name}", lambda text: encoder.embed_texts([text])[0], image)
 
 
 def ask(index: SearchIndex, encoder: QueryEncoder, query: str, count: int) -> Answer:

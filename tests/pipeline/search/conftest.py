@@ -1,13 +1,16 @@
-"""A cache whose captions lie near their images, for search."""
+"""Caches, indexes and a student for search."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from teacher_cache.pipeline.search.build import build_index
 from teacher_cache.storage.format.commits import ChunkRef
 from tests.conftest import finish_known_cache, known_row, plan_known_cache
 
@@ -34,3 +37,29 @@ def make_paired_cache(path: Path, **plan: Any) -> Path:
 def paired_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """:func:`make_paired_cache`, to be left as it is."""
     return make_paired_cache(tmp_path_factory.mktemp("search") / "paired.cache")
+
+
+@pytest.fixture(scope="session")
+def paired_index(paired_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of the paired cache that finds all neighbours, to be left as it is."""
+    out = tmp_path_factory.mktemp("index") / "paired.index"
+    build_index(str(paired_cache), str(out), 0.0, "IVF8,Flat")
+    return out
+
+
+@pytest.fixture(scope="session")
+def photo_index(photo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of 40 photographs by the tiny teacher, to be left as it is."""
+    out = tmp_path_factory.mktemp("photos") / "photos.index"
+    build_index(str(photo_cache), str(out), 5.0)
+    return out
+
+
+@pytest.fixture(scope="session")
+def photo_student(tiny_deployment: Path, photo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deployed student that says to be one of the photographs' teacher, to be left as it is."""
+    student = shutil.copytree(tiny_deployment, tmp_path_factory.mktemp("student") / "student")
+    record = json.loads((student / "deploy.json").read_text())
+    record["teacher"] = json.loads((photo_cache / "manifest.json").read_text())["identity"]["teacher"]["name"]
+    (student / "deploy.json").write_text(json.dumps(record))
+    return student

@@ -15,27 +15,11 @@ from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.search.approximate import ApproximateIndex
-from teacher_cache.pipeline.search.build import IndexedRows, build_index
+from teacher_cache.pipeline.search.build import IndexedRows
 from teacher_cache.pipeline.search.query import SearchIndex
 from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, UsageError
 from tests.conftest import make_model_folder
 from tests.pipeline.search.conftest import CAPTIONS, IMAGES, LOST, make_paired_cache
-
-
-@pytest.fixture(scope="module")
-def paired_index(paired_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of the paired cache that finds all neighbours, to be left as it is."""
-    out = tmp_path_factory.mktemp("index") / "paired.index"
-    build_index(str(paired_cache), str(out), 0.0, "IVF8,Flat")
-    return out
-
-
-@pytest.fixture(scope="module")
-def photo_index(photo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of 40 photographs by the tiny teacher, to be left as it is."""
-    out = tmp_path_factory.mktemp("photos") / "photos.index"
-    build_index(str(photo_cache), str(out), 5.0)
-    return out
 
 
 def answer(*words: str) -> Any:
@@ -83,24 +67,22 @@ def test_the_teacher_finds_its_own_caption_and_picture(
     root = Path(index.reader.manifest.source.image_root)
     picture = root / index.reader.samples["uri"][4].as_py()
     found = answer(str(photo_index), str(picture), "--teacher", teacher)
-    vector = index.image_vector(4)
-    assert vector is not None
-    assert [match["row"] for match in found["matches"]] == [match.row for match in index.nearest("text", vector, 10)]
+    stored = index.nearest("text", index.image_vector(4), 10)
+    assert [match["row"] for match in found["matches"]] == [match.row for match in stored]
     table = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["search", str(photo_index), text, "--teacher", teacher])
     assert table.stdout.startswith(f"images nearest to {text}, by teacher local-dir:")
     assert len(table.stdout.splitlines()) >= 12
 
 
-def test_a_student_of_the_teacher_answers(photo_index: Path, tiny_deployment: Path, tmp_path: Path) -> None:
-    index = SearchIndex(photo_index)
-    student = shutil.copytree(tiny_deployment, tmp_path / "student")
+def test_a_student_of_the_teacher_answers(
+    photo_index: Path, tiny_deployment: Path, photo_student: Path, tmp_path: Path
+) -> None:
     with pytest.raises(CacheMismatchError, match=r"learned from teacher 'tiny teacher', the index .* 'local-dir:"):
-        answer(str(photo_index), "a cat", "--student", str(student))
-    record = json.loads((student / "deploy.json").read_text())
-    record["teacher"] = index.reader.identity.teacher.name
-    (student / "deploy.json").write_text(json.dumps(record))
-    found = answer(str(photo_index), "a cat", "--student", str(student))
+        answer(str(photo_index), "a cat", "--student", str(tiny_deployment))
+    found = answer(str(photo_index), "a cat", "--student", str(photo_student))
     assert (found["model"], len(found["matches"])) == ("student tiny", 10)
+    student = shutil.copytree(photo_student, tmp_path / "student")
+    record = json.loads((student / "deploy.json").read_text())
     record["embed_dim"] = 24
     (student / "deploy.json").write_text(json.dumps(record))
     with pytest.raises(CacheMismatchError, match=r"the student tiny is 24 wide, the index .* 16\. Use"):
@@ -174,7 +156,9 @@ def test_files_that_belong_to_other_rows_are_refused(paired_index: Path) -> None
         ("CACHE cat", "is a cache: --cache "),
         ("nothing cat", r"no search index here"),
         ("INDEX nothing.jpg", r"nothing\.jpg is not there"),
-        ("INDEX", "Missing argument 'QUERY'"),
+        ("INDEX", "QUERY is missing"),
+        ("INDEX cat --port 1", "--port has no effect without --serve"),
+        ("INDEX cat --serve", "--serve takes queries on its page"),
         ("INDEX ''", "the query is empty"),
         ("INDEX cat --student CACHE", "is a cache: --cache "),
         ("INDEX cat --student x --teacher y", "--teacher has no effect with --student"),
