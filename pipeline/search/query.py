@@ -187,9 +187,10 @@ def teacher_queries(
 
     def image(data: bytes) -> _Vector:
         try:
-            return encoder.embed_images([encoder.prepare(open_image(data, decoder))])[0]
+            prepared = encoder.prepare(open_image(data, decoder))
         except ValueError as error:  # too long a strip
             raise UndecodableImageError(str(error)) from error
+        return np.asarray(encoder.embed_images([prepared])[0])
 
     return QueryEncoder(f"teacher {live.name}", lambda text: encoder.embed_texts([text])[0], image)
 
