@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from html import unescape
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.deploy.runtime import StudentRuntime
@@ -28,7 +30,7 @@ from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.search import serve
 from teacher_cache.pipeline.search.build import build_index
 from teacher_cache.pipeline.search.page import SearchPage
-from teacher_cache.pipeline.search.query import SearchIndex, student_queries, teacher_queries
+from teacher_cache.pipeline.search.query import QueryEncoder, SearchIndex, student_queries, teacher_queries
 from teacher_cache.pipeline.search.serve import SearchServer
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
@@ -133,9 +135,11 @@ def test_text_row_and_picture_are_answered_as_in_the_terminal(photos: Served, ph
     assert all(f'<p dir="auto">{match.caption}</p>' in answer.text for match in wanted)
     near = index.nearest("text", index.image_vector(4), 5)
     assert photos.ask("/?image=4").cosines == [f"{match.cosine:.3f}" for match in near]
-    noise = io.BytesIO()  # bytes of every value, line ends and boundaries among them
-    Image.effect_noise((90, 60), 99).save(noise, "PNG", pnginfo=None)
-    picture = noise.getvalue() + b"\r\n\r\n--line\r\n--lin"
+    marked, sent = PngInfo(), io.BytesIO()
+    marked.add_text("ends", "as a form does\r\n\r\n--line--\r\n")
+    Image.effect_noise((90, 60), 99).save(sent, "PNG", pnginfo=marked)
+    picture = sent.getvalue()
+    assert b"\r\n--line--\r\n" in picture[:200]
     near = index.nearest("text", student.embed_images([picture])[0], 5)
     answer = photos.send(picture)
     assert answer.cosines == [f"{match.cosine:.3f}" for match in near]
@@ -222,6 +226,27 @@ def test_a_picture_is_the_one_that_the_cache_was_made_of_or_none(
         "cannot be read",
         "not the image",
     ]
+
+
+def test_closing_waits_for_the_answer_in_the_making(photo_index: Path) -> None:
+    index, begun, go = SearchIndex(photo_index), threading.Event(), threading.Event()
+
+    def slow(text: str) -> Any:
+        begun.set()
+        assert go.wait(20)
+        return index.image_vector(0)
+
+    page = SearchPage(index, QueryEncoder("slow", slow, slow), None, 5)  # type: ignore[arg-type]
+    server = SearchServer(page, "127.0.0.1", 0)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(server.serve_forever, 0.01)
+        answer = pool.submit(Served(server, index).ask, "/?q=a")
+        assert begun.wait(20)
+        server.shutdown()
+        closing_it = pool.submit(server.server_close)
+        ended_early = bool(wait([closing_it], 0.2).done)
+        go.set()
+        assert (ended_early, closing_it.result(20), answer.result(20).status) == (False, None, 200)
 
 
 def test_it_ends_by_ctrl_c_with_an_open_connection(photo_index: Path, photo_student: Path) -> None:
