@@ -147,6 +147,7 @@ def stack() -> Iterator[Stack]:
         environment={
             "HOME": str(root / "home"),
             "PREFECT_HOME": str(root / "home" / "prefect"),
+            "PREFECT_UI_STATIC_DIRECTORY": str(root / "home" / "ui"),
             "PREFECT_SERVER_API_PORT": str(server_port),
             "PREFECT_WORKER_WEBSERVER_PORT": str(health_port),
             "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",

@@ -174,9 +174,10 @@ def test_a_service_is_pinned_watched_and_confined(name: str) -> None:
     if name in OURS:
         assert (service["user"], service["read_only"], service["cap_drop"]) == ("1000:1000", True, ["ALL"])
         assert service["build"]["target"] == tag
-        # PREFECT_HOME is there, in a root that cannot be written to
+        # what Prefect writes is there, in a root that cannot be written to; its UI by default beside its own code
         assert service["tmpfs"] == ["/tmp:mode=1777,exec"]
-        assert image_environment()["PREFECT_HOME"].startswith("/tmp/")
+        for variable in ("PREFECT_HOME", "PREFECT_UI_STATIC_DIRECTORY"):
+            assert image_environment()[variable].startswith("/tmp/")
 
 
 def test_every_volume_is_declared_and_lands_in_a_folder_that_the_user_owns() -> None:
