@@ -21,7 +21,7 @@ endef
 PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test test-all lint format constraints lock licences docs bench bench-gpu serve clean
+.PHONY: help install dev demo test test-all lint format constraints lock licences docs bench bench-gpu serve containers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -109,6 +109,9 @@ docs: dev  ## the documentation site, from docs/ and the docstrings, into site/;
 
 serve: install  ## a local Prefect server and worker with the deployments of prefect.yaml
 	$(BIN)/python -m teacher_cache.flows.serve
+
+containers:  ## build the images with Docker, run the main job through compose.yaml, look into the containers, take them away
+	docker/try.sh
 
 clean:  ## remove .venv, the site and the tools' own caches; your caches and runs stay
 	rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build/doctrees site docs/project

@@ -4,6 +4,7 @@ schemas, and the rest is run in ``test_container_stack.py``."""
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import subprocess
@@ -97,6 +98,22 @@ def test_the_builder_gets_what_the_dockerfile_copies_and_no_more() -> None:
     assert all((PROJECT / name).exists() for name in allowed)
 
 
+@pytest.mark.parametrize("name", ["README.md", "try.sh"])
+def test_what_is_run_by_hand_names_deployments_with_parameters_that_they_have(name: str) -> None:
+    """``try.sh`` itself is run by ``make containers``, where there is Docker."""
+    text = (DOCKER / name).read_text()
+    if name.endswith(".sh"):
+        subprocess.run(["bash", "-n", DOCKER / name], check=True)
+    deployments = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
+    entrypoints = {each["entrypoint"].rpartition(":")[2].replace("_", "-"): each["entrypoint"] for each in deployments}
+    lines = re.findall(r"(?:prefect deployment run |^deployment )([a-z-]+)(?:/default)? (.*)$", text, re.MULTILINE)
+    assert lines
+    for deployment, rest in lines:
+        path, _, function = entrypoints[deployment].partition(":")
+        parameters = inspect.signature(getattr(script(PROJECT / path), function).fn).parameters
+        assert set(re.findall(r"-p '?(\w+)=", rest)) <= set(parameters), deployment
+
+
 # --- health check
 
 
@@ -178,6 +195,7 @@ def test_a_service_is_pinned_watched_and_confined(name: str) -> None:
         assert service["tmpfs"] == ["/tmp:mode=1777,exec"]
         for variable in ("PREFECT_HOME", "PREFECT_UI_STATIC_DIRECTORY"):
             assert image_environment()[variable].startswith("/tmp/")
+        assert image_environment()["TZ"] == "UTC"
 
 
 def test_every_volume_is_declared_and_lands_in_a_folder_that_the_user_owns() -> None:
@@ -290,9 +308,14 @@ def test_a_pool_uses_each_of_its_variables_and_describes_it(name: str) -> None:
     assert all(each["title"] and each["description"] and each["type"] for each in properties.values())
 
 
-def test_the_docker_pool_uses_the_network_and_volumes_of_compose() -> None:
-    properties = json.loads((DOCKER / "pools" / "docker.json").read_text())["variables"]["properties"]
+def test_the_docker_pool_uses_the_network_volumes_and_limits_of_compose() -> None:
+    template = json.loads((DOCKER / "pools" / "docker.json").read_text())
+    properties = template["variables"]["properties"]
     whole = compose("compose.yaml", SECRETS)
+    worker, run = whole["services"]["worker"], template["job_configuration"]["container_create_kwargs"]
+    for name in ("user", "read_only", "cap_drop", "security_opt"):
+        assert run[name] == worker[name]
+    assert [":".join(each) for each in run["tmpfs"].items()] == worker["tmpfs"]
     mounted = {each.split(":")[0]: each.split(":")[1] for each in whole["services"]["worker"]["volumes"]}
     named = {f"{whole['name']}_{volume}:{mounted[volume]}" for volume in whole["volumes"] if volume in mounted}
     assert set(properties["volumes"]["default"]) == named
