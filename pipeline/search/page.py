@@ -73,7 +73,7 @@ class SearchPage:
             return self.problem(*refused.args)
         except UndecodableImageError as error:
             return self.problem(400, f"The picture cannot be used: {error}.")
-        except (CacheError, OSError, UsageError) as error:
+        except (CacheError, OSError, UsageError, RuntimeError, MemoryError) as error:  # the last two: a full device
             _LOG.warning("%s", error)  # not on the page: it names folders
             return self.problem(500, "This could not be answered. The terminal of teacher-cache says why.")
 

@@ -33,7 +33,7 @@ from teacher_cache.pipeline.search.page import SearchPage
 from teacher_cache.pipeline.search.query import QueryEncoder, SearchIndex, student_queries, teacher_queries
 from teacher_cache.pipeline.search.serve import SearchServer
 from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
-from teacher_cache.storage.errors import CacheMismatchError, UsageError
+from teacher_cache.storage.errors import CacheCorruptError, CacheMismatchError, UsageError
 from tests.conftest import write_photos
 from tests.pipeline.data.odd_images import ODD_IMAGES
 
@@ -226,6 +226,22 @@ def test_a_picture_is_the_one_that_the_cache_was_made_of_or_none(
         "cannot be read",
         "not the image",
     ]
+
+
+@pytest.mark.parametrize("error", [CacheCorruptError, RuntimeError, ConnectionError])
+def test_what_fails_is_told_in_the_terminal_and_names_no_folder_on_the_page(
+    photo_index: Path, error: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(query: Any) -> Any:
+        raise error("/srv/secret: is full")
+
+    index = SearchIndex(photo_index)
+    with served(index, QueryEncoder("broken", fails, fails)) as page:
+        answer = page.ask("/?q=a")
+        assert page.ask("/?image=0").status == 200
+    assert (answer.status, "The terminal of teacher-cache says why." in answer.text) == (500, True)
+    assert "/srv/secret" not in answer.text
+    assert [record.getMessage() for record in caplog.records] == ["/srv/secret: is full"]
 
 
 def test_closing_waits_for_the_answer_in_the_making(photo_index: Path) -> None:
