@@ -205,18 +205,21 @@ def started(start: Callable[[], _Server], begin_anew: Callable[[], None]) -> _Se
 
 
 @contextlib.contextmanager
-def start_seaweedfs(folder: Path) -> Iterator[ObjectStore]:
+def start_seaweedfs(folder: Path, address: str = "127.0.0.1") -> Iterator[ObjectStore]:
     """SeaweedFS (master, volume server, filer and S3 gateway in one process) with its files in ``folder``.
+
+    Args:
+        address: of this machine, to listen on: loopback, or a private link.
 
     Raises:
         ServerEndedError: it ended before it was ready, each of three times.
     """
     with contextlib.ExitStack() as stack:
-        yield started(lambda: stack.enter_context(_seaweedfs(folder)), lambda: shutil.rmtree(folder))
+        yield started(lambda: stack.enter_context(_seaweedfs(folder, address)), lambda: shutil.rmtree(folder))
 
 
 @contextlib.contextmanager
-def _seaweedfs(folder: Path) -> Iterator[ObjectStore]:
+def _seaweedfs(folder: Path, address: str) -> Iterator[ObjectStore]:
     weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     assert weed, "the weed binary is missing: make dev"
     folder.mkdir(parents=True, exist_ok=True)
@@ -224,8 +227,8 @@ def _seaweedfs(folder: Path) -> Iterator[ObjectStore]:
     s3_port = next(ports)
     options = {
         "dir": folder,
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
+        "ip": address,
+        "ip.bind": address,
         "master.port": next(ports),
         "master.port.grpc": next(ports),
         "master.volumeSizeLimitMB": 64,
@@ -245,7 +248,7 @@ def _seaweedfs(folder: Path) -> Iterator[ObjectStore]:
     command = [weed, "server", *(f"-{name}={value}" for name, value in options.items())]
     keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"}
     server = Started.start("weed", command, folder / "weed.log", cwd=folder, env={**os.environ, **keys})
-    store = ObjectStore("seaweedfs", f"http://127.0.0.1:{s3_port}")
+    store = ObjectStore("seaweedfs", f"http://{address}:{s3_port}")
     try:
         _wait_until_it_writes(store, server)
         yield store

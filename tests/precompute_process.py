@@ -112,7 +112,7 @@ def _run(
     if setup is not None:
         setup()
     happens, hints = KillSwitch(*moment), list[str]()
-    _watch(config["cache"], happens, teacher_seconds, passes_of(out))
+    watch(config["cache"], happens, teacher_seconds, passes_of(out))
     from teacher_cache.pipeline.precompute.run import precompute
     from teacher_cache.pipeline.settings.precompute import PrecomputeConfig
     from teacher_cache.storage.observe.logs import hints_heard_by
@@ -132,7 +132,8 @@ def passes_of(out: Path) -> Path:
     return out.with_suffix(".passes")
 
 
-def _watch(cache: str, happens: Callable[..., None], teacher_seconds: float, passes: Path) -> None:
+def watch(cache: str, happens: Callable[..., None], teacher_seconds: float, passes: Path) -> None:
+    """Report the events of this process, slow its teacher down, and count its forward passes in a file."""
     from teacher_cache.pipeline.models.teacher import LiveTeacher
     from teacher_cache.pipeline.precompute import teacher_inputs
     from teacher_cache.storage.files.remote import RemoteFiles

@@ -15,6 +15,7 @@ import pytest
 # test file or function, below tests/ -> cases of each function that make test runs
 CASES = {
     # flows: one server and worker, one cache, one student
+    "flows/test_devices.py": 0,
     "flows/test_service.py::test_stopped_in_the_middle_it_goes_on_where_it_was": 0,
     "flows/test_service.py::test_a_port_that_is_taken_is_named": 0,
     "flows/test_student_flows.py": 0,
@@ -38,6 +39,7 @@ CASES = {
     "pipeline/precompute/test_repair.py": 8,
     "pipeline/precompute/test_stopped.py": 1,
     "pipeline/precompute/test_trouble_s3.py": 0,
+    "pipeline/precompute/test_two_hosts.py": 0,
     "pipeline/precompute/test_trouble_s3.py::test_stopped_by_a_signal_it_says_how_to_go_on": 1,
     # retraining: new data, one crash, one rejection
     "pipeline/promote/test_retrain.py": 1,
