@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,6 +58,16 @@ class Stack:
         environment = {**os.environ, "PGPASSWORD": SECRETS["POSTGRES_PASSWORD"]}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()
+
+    def wait_for_newest_run(self, state: str) -> None:
+        """Return when the newest flow run is in this state; the database may be away meanwhile."""
+        seen, until = list[str](), time.monotonic() + 180
+        while seen != [state]:
+            assert not set(seen) & {"FAILED", "CRASHED"}, self.started["worker"].log.read_text()[-3000:]
+            assert time.monotonic() < until, seen
+            time.sleep(0.2)
+            with contextlib.suppress(subprocess.CalledProcessError):
+                seen = self.query("select state_type from flow_run order by created desc limit 1")
 
     def prefect(self, *words: str) -> subprocess.CompletedProcess[str]:
         """``docker compose exec worker prefect ...``."""
@@ -245,6 +256,21 @@ def test_the_server_takes_the_template_of_a_pool(stack: Stack, kind: str) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = stack.query(f"select type from work_pool where name = 'try-{kind}'")
     assert kinds == [kind]
+
+
+def test_a_database_that_restarts_under_a_run_costs_it_nothing(stack: Stack, precomputed: str) -> None:
+    cache = precomputed.replace("scenes.", "again.")
+    done = stack.prefect(
+        *("deployment", "run", "precompute-teacher/default", "-p", f"cache={cache}"),
+        *("-p", "dataset=scenes:caches/scenes?train=96&dev=8&test=24", "-p", 'advanced={"chunk_rows": 64}'),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    stack.wait_for_newest_run("RUNNING")
+    before = stack.started["postgres"]
+    assert before.stop(signal.SIGINT) == 0
+    options = {"cwd": before.log.parent / "postgres", **unprivileged()}
+    stack.started["postgres"] = Started.start("postgres", before.process.args, before.log, **options)
+    stack.wait_for_newest_run("COMPLETED")
 
 
 def test_the_health_checks_tell_when_a_service_is_gone(stack: Stack, precomputed: str) -> None:
