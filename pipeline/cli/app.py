@@ -22,7 +22,7 @@ register(
     ("Cache", "precompute", "caches", "Run a teacher once over a dataset and keep its embeddings."),
     ("Cache", "import", "caches", "Make a cache from embeddings of clip-retrieval or DataCompDR."),
     ("Cache", "verify", "caches", "Check every byte of a cache; with --sample, random rows against the teacher."),
-    ("Cache", "repair", "caches", "Restore damaged files of a cache and encode damaged chunks again."),
+    ("Cache", "repair", "caches", "Mend a damaged cache; with --leftovers, list files that belong to nothing."),
     (
         "Student",
         "student",
@@ -31,6 +31,7 @@ register(
     ),
     ("Look inside", "twins", "report", "Find images to learn from that show the same picture as a measured one."),
     ("Student", "train", "train", "Train a student from a finished cache."),
+    ("Look inside", "compare", "compare", "Train small students of several teachers, and say which one to pay for."),
     ("Student", "evaluate", "evaluate", "Measure the recall of a teacher and its student, and the retention."),
     ("Student", "zero-shot", "evaluate", "Measure the zero-shot accuracy of a student, a teacher or both."),
     ("Ship", "deploy", "deploy", "Ship a student: ONNX, int8, open_clip weights, tokenizer, a table of measurements."),

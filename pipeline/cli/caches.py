@@ -14,8 +14,17 @@ from teacher_cache.pipeline.settings.names import first_student, next_run
 from teacher_cache.pipeline.settings.precompute import ImportConfig, PrecomputeConfig, ProofConfig
 from teacher_cache.storage.check.parts import verify_parts
 from teacher_cache.storage.check.verify import verify_cache
-from teacher_cache.storage.cli.app import cache_argument, command, json_flag, print_json, print_lines, print_result
-from teacher_cache.storage.cli.compare import print_findings, print_report
+from teacher_cache.storage.cli.app import (
+    cache_argument,
+    command,
+    json_flag,
+    option,
+    print_json,
+    print_lines,
+    print_result,
+    refuse_unused,
+)
+from teacher_cache.storage.cli.caches import leftover_lines, print_findings, print_report
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import is_several
 from teacher_cache.storage.observe.logs import say, suggest_next
@@ -152,9 +161,19 @@ def verify(settings: Settings[ProofConfig], as_json: bool) -> None:
 @click.option("--teacher", help="Teacher, as for precompute. Required for a teacher in a folder only.")
 @click.option("--pretrained", help=PrecomputeConfig.model_fields["pretrained"].description)
 @click.option("--device", default="auto", help=f"{PrecomputeConfig.model_fields['device'].description} Default: auto.")
+@option(
+    "--leftovers", "List files that belong to nothing instead: cut-off writes, claims of ended processes.", is_flag=True
+)
+@option("--delete", "Delete these files, but for unknown ones.", is_flag=True)
+@option("--unknown", "Delete unknown files too, with --delete. Look at them first.", is_flag=True)
 @json_flag
-def repair(cache: str, as_json: bool, **options: Any) -> None:
+def repair(cache: str, as_json: bool, leftovers: bool, delete: bool, unknown: bool, **options: Any) -> None:
     """Restore manifest, tables and metadata, encode damaged chunks again, then verify the cache."""
+    if leftovers:
+        refuse_unused(("dataset", "teacher", "pretrained", "device"), "with --leftovers")
+        _leftovers(cache, delete, unknown, as_json)
+        return
+    refuse_unused(("delete", "unknown"), "without --leftovers")
     with resumable(lambda: "what is mended stays. Run the same command again to go on.", errors=False):
         from teacher_cache.pipeline.precompute.repair import repair as run
 
@@ -179,13 +198,24 @@ def repair(cache: str, as_json: bool, **options: Any) -> None:
         sys.exit(1)
 
 
+def _leftovers(cache: str, delete: bool, unknown: bool, as_json: bool) -> None:
+    """List files that belong to nothing, or delete them."""
+    from teacher_cache.storage.check.garbage import collect_garbage
+
+    report = collect_garbage(cache, delete, unknown)
+    print_result(report, as_json, leftover_lines)
+    if report.found and not delete and not as_json:
+        more = [] if any(file.kind != "unknown-file" for file in report.found) else ["--unknown"]
+        suggest_next("repair", cache, "--leftovers", "--delete", *more)
+
+
 def _suggest_mending(cache: str, kinds: set[str]) -> None:
     """Say which command mends what verify found; the finding of an unfinished cache names its own."""
     if kinds - _NOT_MENDED:
         say("readers refuse what is damaged")
         suggest_next("repair", cache)
     elif "unknown-file" in kinds:
-        suggest_next("gc", cache)
+        suggest_next("repair", cache, "--leftovers")
 
 
 def _refuse_without_sample(flags: dict[str, Any]) -> None:

@@ -90,6 +90,20 @@ def bootstrap_recalls(
     return _named(100 * recalls, 100 * recalls.mean(axis=1), ks)
 
 
+def bootstrap_mean_recall(
+    ranks: RetrievalRanks, text_image: NDArray[np.int64], resamples: int = RESAMPLES, seed: int = 0
+) -> NDArray[np.float64]:
+    """Return the mean of all recalls on each resample of the images, in percent, (resamples,).
+
+    Models that are measured on the same images get the same resamples: their differences can be taken draw by draw.
+
+    Raises:
+        ValueError: as :func:`bootstrap_recalls`.
+    """
+    means: NDArray[np.float64] = 100 * _recalls(ranks, text_image, RECALL_KS, resamples, seed).mean(axis=1)
+    return means
+
+
 def bootstrap_share(
     student: RetrievalRanks,
     teacher: RetrievalRanks,

@@ -32,7 +32,7 @@ class Garbage(BaseModel, frozen=True):
 
 
 class GarbageReport(BaseModel, frozen=True):
-    """Result of ``teacher-cache gc``."""
+    """Result of ``teacher-cache repair --leftovers``."""
 
     location: str
     deleted: bool = Field(description="True if the objects were deleted.")

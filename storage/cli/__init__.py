@@ -1,1 +1,1 @@
-"""The commands that need no torch: info, stats, look, diff, gc, export."""
+"""The commands that need no torch: info, stats, look, diff, export."""

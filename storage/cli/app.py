@@ -255,14 +255,8 @@ register(
     "teacher_cache.storage.cli",
     (
         "Cache",
-        "gc",
-        "compare",
-        "List files that belong to no chunk: cut-off writes, claims of ended processes.",
-    ),
-    (
-        "Cache",
         "export",
-        "compare",
+        "caches",
         "Write embeddings as npy and parquet (clip-retrieval, autofaiss), or as WebDataset tars.",
     ),
     (
@@ -273,7 +267,7 @@ register(
     ),
     ("Look inside", "stats", "rows", "Summarize the embeddings: norms, cosines, duplicates, rank."),
     ("Look inside", "look", "rows", "Show random images, or the neighbours of one image or caption."),
-    ("Look inside", "diff", "compare", "Compare two caches."),
+    ("Look inside", "diff", "caches", "Show how two caches differ."),
 )
 
 

@@ -1,4 +1,4 @@
-"""``gc``: finds what belongs to nothing, touches nothing until it is told to, and never a file of the cache."""
+"""``repair --leftovers``: finds what belongs to nothing, touches nothing until told to, never a file of the cache."""
 
 from __future__ import annotations
 
@@ -47,31 +47,31 @@ def litter(path: Path) -> dict[str, str]:
 
 def test_a_look_first_and_then_the_deed(known_cache: Path) -> None:
     clean = cache_digest(known_cache)
-    assert run.invoke(app, ["gc", str(known_cache)]).stdout == f"{known_cache}: nothing to collect\n"
+    assert run.invoke(app, ["repair", str(known_cache), "--leftovers"]).stdout == f"{known_cache}: nothing to collect\n"
     left = litter(known_cache)
     sizes = {key: (known_cache / key).stat().st_size for key in left}
     littered = cache_digest(known_cache)
 
-    found = json.loads(run.invoke(app, ["gc", str(known_cache), "--json"]).stdout)
+    found = json.loads(run.invoke(app, ["repair", str(known_cache), "--leftovers", "--json"]).stdout)
     assert {each["key"]: each["kind"] for each in found["found"]} == left
     assert {each["key"]: each["nbytes"] for each in found["found"]} == sizes
     assert (found["deleted"], found["nbytes"]) == (False, sum(sizes.values()))
-    shown = run.invoke(app, ["gc", str(known_cache)])
+    shown = run.invoke(app, ["repair", str(known_cache), "--leftovers"])
     assert "unknown-file: notes.txt (11 B)" in shown.stdout
     assert "found; --delete removes them" in shown.stdout
-    assert shown.stderr == f"next: teacher-cache gc {known_cache} --delete\n"
+    assert shown.stderr == f"next: teacher-cache repair {known_cache} --leftovers --delete\n"
     assert cache_digest(known_cache) == littered
 
     known = sum(sizes[key] for key, kind in left.items() if kind != "unknown-file")
-    done = run.invoke(app, ["gc", str(known_cache), "--delete"]).stdout.splitlines()
+    done = run.invoke(app, ["repair", str(known_cache), "--leftovers", "--delete"]).stdout.splitlines()
     assert done[-2:] == [
         f"{known_cache}: 3 files, {known} B deleted",
         "2 unknown files kept; look at them, --delete --unknown removes them too",
     ]
     assert (known_cache / "notes.txt").read_text() == "of a person"
-    kept = run.invoke(app, ["gc", str(known_cache)]).stderr
-    assert kept == f"next: teacher-cache gc {known_cache} --delete --unknown\n"
-    done = run.invoke(app, ["gc", str(known_cache), "--delete", "--unknown"]).stdout.splitlines()
+    kept = run.invoke(app, ["repair", str(known_cache), "--leftovers"]).stderr
+    assert kept == f"next: teacher-cache repair {known_cache} --leftovers --delete --unknown\n"
+    done = run.invoke(app, ["repair", str(known_cache), "--leftovers", "--delete", "--unknown"]).stdout.splitlines()
     assert done[-1] == f"{known_cache}: 2 files, {sum(sizes.values()) - known} B deleted"
     assert cache_digest(known_cache) == clean
     assert verify_cache(str(known_cache)).ok

@@ -89,7 +89,7 @@ from teacher_cache.pipeline.cli.app import app
 cache, folder = sys.argv[1:]
 above = cache.rpartition("/")[0]
 for arguments in (["info", above], ["info", cache], ["stats", cache], ["look", cache], ["look", cache, "3"],
-                  ["diff", cache, cache], ["gc", cache], ["export", cache, "--out", folder + "/e"], ["verify", cache]):
+                  ["diff", cache, cache], ["export", cache, "--out", folder + "/e"], ["verify", cache]):
     for more in ([], ["--json"]):
         if arguments[0] == "export" and more:
             arguments[-1] += "2"
@@ -145,7 +145,7 @@ def test_a_shell_completes_commands_and_caches(known_cache: Path, monkeypatch: p
         (["look", "nothing", "3", "--split", "test"], 2, "--split has no effect when look shows one image or caption"),
         (["look", "nothing", "--view", "0"], 2, "--view has no effect when look shows random images"),
         (["diff", "part.cache", "nothing"], 2, "nothing: no cache here"),
-        (["gc", "nothing", "--delete"], 2, "no cache here"),
+        (["repair", "nothing", "--leftovers", "--delete"], 2, "no cache here"),
         (["export", "nothing", "--out", "o"], 2, "no cache here"),
         (["export", "part.cache", "--out", "part.cache"], 2, "Choose another --out, or delete it."),
         (["precompute", "--dry-run", "--dataset", "flickr:x", "--teacher", "t"], 2, "cache is missing: give --cache"),

@@ -14,7 +14,7 @@ from inspect import signature
 from types import ModuleType
 
 from teacher_cache.pipeline.data.datasets.files import is_pattern, require_there, text_encoding
-from teacher_cache.pipeline.data.datasets.holdout import held_out_share, with_drawn_split
+from teacher_cache.pipeline.data.datasets.holdout import in_sample, parse_share, with_drawn_split
 from teacher_cache.pipeline.data.datasets.part import Part
 from teacher_cache.pipeline.data.datasets.records import Record, Sample, Uncaptioned
 from teacher_cache.pipeline.settings.names import did_you_mean
@@ -30,8 +30,10 @@ _ALSO_CALLED = {"csv": "table", "tsv": "table", "parquet": "table", "tar": "webd
 # settings of every kind, beside those of its own
 PART = "part"
 """Setting of every kind: a part of the dataset, such as ``3/100``."""
+SAMPLE = "sample"
+"""Setting of every kind: a share of its images, such as ``5%``."""
 _HOLDOUT, _UNCAPTIONED = "holdout", "uncaptioned"
-_SHARED = (_HOLDOUT, _UNCAPTIONED, PART)
+_SHARED = (_HOLDOUT, _UNCAPTIONED, SAMPLE, PART)
 _DELIMITERS = ": tabs, commas, semicolons and bars are told apart from the header"
 _ADVICE = {("table", name): _DELIMITERS for name in ("delimiter", "delim", "sep", "separator")}
 
@@ -67,7 +69,8 @@ def adapter(kind: str) -> Adapter:
 
     Every kind has ``holdout`` (a share such as ``10%`` of the images becomes the split ``test``, the others ``train``)
     and ``uncaptioned`` (``keep``: an image that no caption names is a sample without captions; ``drop``: a problem).
-    Every kind but labelled has ``part`` (:mod:`teacher_cache.pipeline.data.datasets.part`), which the caller cuts out.
+    Every kind but labelled has ``sample`` (a share of the images, drawn by their ids; the others are left out) and
+    ``part`` (:mod:`teacher_cache.pipeline.data.datasets.part`), which the caller cuts out.
 
     Raises:
         UsageError: the kind is unknown, or (when called) a setting is. The message lists the known ones.
@@ -76,7 +79,11 @@ def adapter(kind: str) -> Adapter:
 
     def read(root: str, **options: str) -> Iterator[Record]:
         own, share, keep = _settings(module, kind, options)
-        return _as_asked(module.read(root, **own), share, keep, f"{kind}:{root}")
+        records = _as_asked(module.read(root, **own), share, keep, f"{kind}:{root}")
+        if SAMPLE not in options:
+            return records
+        drawn = parse_share(SAMPLE, options[SAMPLE])
+        return (record for record in records if in_sample(record, drawn))
 
     return read
 
@@ -108,11 +115,13 @@ def _settings(module: ModuleType, kind: str, options: dict[str, str]) -> tuple[d
         raise UsageError(f"uncaptioned={printable(uncaptioned)!r} is not known; it is one of keep, drop")
     if PART in options:
         Part.parse(options[PART])
-        if kind == "labelled":
-            raise UsageError(
-                f"part={printable(options[PART])}: labelled images share the prompts of all classes, and are not cut "
-                "into parts; leave it out"
-            )
+    if SAMPLE in options:
+        parse_share(SAMPLE, options[SAMPLE])
+    if kind == "labelled" and (cut := next((name for name in (PART, SAMPLE) if name in options), None)):
+        raise UsageError(
+            f"{cut}={printable(options[cut])}: labelled images share the prompts of all classes, and are not cut "
+            "into parts; leave it out"
+        )
     own = {name: value for name, value in options.items() if name in of_module or name not in _SHARED}
-    share = held_out_share(options[_HOLDOUT]) if _HOLDOUT in options and _HOLDOUT not in own else None
+    share = parse_share(_HOLDOUT, options[_HOLDOUT]) if _HOLDOUT in options and _HOLDOUT not in own else None
     return own, share, uncaptioned == "keep"

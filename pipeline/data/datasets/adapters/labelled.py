@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from teacher_cache.pipeline.data.datasets.adapters import imagefolder, webdataset
 from teacher_cache.pipeline.data.datasets.files import SPLIT_NAMES, data_folder, open_regular, open_text
-from teacher_cache.pipeline.data.datasets.holdout import held_out_share, with_drawn_split
+from teacher_cache.pipeline.data.datasets.holdout import parse_share, with_drawn_split
 from teacher_cache.pipeline.data.datasets.prompts import (
     Classes,
     filled,
@@ -82,11 +83,11 @@ def read(
 
 def check(root: str, *, form: str = "", **settings: str) -> None:
     """Check what :func:`read` checks before it lists the images."""
-    checks = {
+    checks: dict[str, Callable[[str], object]] = {
         "prompts": prompt_set,
         "templates": read_templates,
         "class_names": read_class_names,
-        "holdout": held_out_share,
+        "holdout": partial(parse_share, "holdout"),
     }
     for name in checks.keys() & settings.keys():
         checks[name](settings[name])
@@ -129,7 +130,7 @@ def list_images(root: str, form: str = "", split: str = "", name: str = "", hold
     listed = list(webdataset.read_labels(root) if form == "webdataset" else imagefolder.read_classes(root))
     images = [(record, key) for record, _, key in listed if isinstance(record, Sample)]
     if holdout:
-        share, split = held_out_share(holdout), split or ALL_SPLITS
+        share, split = parse_share("holdout", holdout), split or ALL_SPLITS
         images = [(with_drawn_split(image, share, where), key) for image, key in images]
     images = _of_split(where, images, split)
     # leave out problems of other splits: they would look like lost images of this one

@@ -1,4 +1,4 @@
-"""The commands about caches as a whole: ``diff``, ``gc``, ``export``."""
+"""The commands about caches as a whole: ``diff``, ``export``; and what ``verify`` and ``repair`` print."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from teacher_cache.storage.cli.app import (
     seed_option,
     view_option,
 )
-from teacher_cache.storage.observe.logs import suggest_next
 from teacher_cache.storage.observe.quantities import byte_size, counted
 
 if TYPE_CHECKING:
@@ -49,22 +48,6 @@ def diff(a: str, b: str, view: int, rows: int, seed: int, as_json: bool) -> None
     print_result(result, as_json, _diff_lines)
     if not result.same:
         sys.exit(1)
-
-
-@command("gc", example="gc caches/coco.cache --delete")
-@cache_argument()
-@option("--delete", "Delete what writers and processes left behind.", is_flag=True)
-@option("--unknown", "Delete unknown files too, with --delete. Look at them first.", is_flag=True)
-@json_flag
-def gc(cache: str, delete: bool, unknown: bool, as_json: bool) -> None:
-    """Change nothing without --delete."""
-    from teacher_cache.storage.check.garbage import collect_garbage
-
-    report = collect_garbage(cache, delete, unknown)
-    print_result(report, as_json, _garbage_lines)
-    if report.found and not delete and not as_json:
-        more = [] if any(file.kind != "unknown-file" for file in report.found) else ["--unknown"]
-        suggest_next("gc", cache, "--delete", *more)
 
 
 @command("export", example="export caches/coco.cache --out exported --split train")
@@ -129,19 +112,6 @@ def _export_lines(result: ExportResult) -> list[str]:
         return [line]
     more = counted(result.captions_left_out, "further caption")
     return [line, f"only the first caption of each image: {more} left out; --captions all writes them too"]
-
-
-def _garbage_lines(report: GarbageReport) -> list[str]:
-    if not report.found:
-        lines = [f"{report.location}: nothing to collect"]
-    else:
-        total = f"{counted(len(report.found), 'file')}, {byte_size(report.nbytes)}"
-        state = "deleted" if report.deleted else "found; --delete removes them, unknown files with --unknown"
-        lines = [f"{file.kind}: {file.key} ({byte_size(file.nbytes)})" for file in report.found]
-        lines.append(f"{report.location}: {total} {state}")
-    if report.left:
-        lines.append(f"{counted(report.left, 'unknown file')} kept; look at them, --delete --unknown removes them too")
-    return lines
 
 
 def _diff_lines(result: CacheDiff) -> list[str]:
@@ -209,6 +179,20 @@ def _drift_lines(name: str, drift: Drift) -> list[str]:
 
 
 _FINDINGS_SHOWN = 20
+
+
+def leftover_lines(report: GarbageReport) -> list[str]:
+    """Return a line for each file that belongs to nothing, and what became of them."""
+    if not report.found:
+        lines = [f"{report.location}: nothing to collect"]
+    else:
+        total = f"{counted(len(report.found), 'file')}, {byte_size(report.nbytes)}"
+        state = "deleted" if report.deleted else "found; --delete removes them, unknown files with --unknown"
+        lines = [f"{file.kind}: {file.key} ({byte_size(file.nbytes)})" for file in report.found]
+        lines.append(f"{report.location}: {total} {state}")
+    if report.left:
+        lines.append(f"{counted(report.left, 'unknown file')} kept; look at them, --delete --unknown removes them too")
+    return lines
 
 
 def print_report(report: IntegrityReport) -> None:

@@ -1,0 +1,102 @@
+"""Which of the differences between teachers are certain. Pure functions of arrays; no torch.
+
+Two things could have come out otherwise: which images were measured, and the seeds of the students. The first is
+resampled (``teacher_cache.pipeline.evaluate.intervals``), all teachers on the same draws. The second is the variance
+within each teacher's runs, pooled over the teachers, as in a one-way analysis of variance (Student's t with
+teachers x (seeds - 1) degrees of freedom). The interval of a difference holds both: each resample gets a draw of t.
+
+The level is shared by all pairs (Bonferroni): at 95 %, the chance that any pair is called different while all teachers
+are equal is 5 % at most.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Floats = NDArray[np.float64]
+
+
+class Spread(NamedTuple):
+    """A number and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Pair(NamedTuple):
+    """The difference between two teachers, by their numbers."""
+
+    better: int
+    worse: int
+    points: Spread
+
+    @property
+    def certain(self) -> bool:
+        """True if the interval does not hold 0."""
+        return self.points.low > 0
+
+
+class Ranking(NamedTuple):
+    """The ranks of teachers.
+
+    Attributes:
+        teachers: mean over the seeds of each teacher, with its own interval at the level.
+        order: numbers of the teachers, the best first.
+        pairs: all pairs, with intervals at the level that all pairs share; empty with one seed.
+    """
+
+    teachers: tuple[Spread, ...]
+    order: tuple[int, ...]
+    pairs: tuple[Pair, ...]
+
+
+def rank_teachers(recalls: _Floats, draws: _Floats, level: float, seed: int = 0) -> Ranking:
+    """Rank teachers by the recall of their students.
+
+    Args:
+        recalls: (teachers, seeds) recall of each student, in percent.
+        draws: (teachers, resamples) mean over the seeds of the recall on each resample of the images, in percent; the
+            resamples are the same for all teachers.
+        level: probability that the intervals hold, for example 0.95.
+        seed: seed of the draws of t.
+    """
+    teachers, seeds = recalls.shape
+    means = recalls.mean(axis=1)
+    order = tuple(int(number) for number in np.argsort(-means, kind="stable"))
+    if seeds < 2:
+        return Ranking(tuple(_spread(mean, of, level) for mean, of in zip(means, draws, strict=True)), order, ())
+    freedom = teachers * (seeds - 1)
+    deviation = np.sqrt(((recalls - means[:, None]) ** 2).sum() / freedom / seeds)  # of a mean over the seeds
+    noise = deviation * np.random.default_rng(seed).standard_t(freedom, draws.shape[1])
+    shared = 1 - (1 - level) / (teachers * (teachers - 1) / 2)
+    pairs = [
+        Pair(
+            first, second, _spread(means[first] - means[second], draws[first] - draws[second] + 2**0.5 * noise, shared)
+        )
+        for first, second in combinations(order, 2)
+    ]
+    return Ranking(
+        tuple(_spread(mean, of + noise, level) for mean, of in zip(means, draws, strict=True)), order, tuple(pairs)
+    )
+
+
+def choose(ranking: Ranking, costs: list[float | None]) -> int:
+    """Return the teacher to pay for: the cheapest of those that none is certainly better than.
+
+    Args:
+        costs: cost of each teacher, in any unit. If one is not known, the best of them is returned.
+    """
+    beaten = {pair.worse for pair in ranking.pairs if pair.certain}
+    good = [number for number in ranking.order if number not in beaten]
+    known = [(cost, place) for place, cost in enumerate(costs[number] for number in good) if cost is not None]
+    return good[min(known)[1] if len(known) == len(good) and ranking.pairs else 0]
+
+
+def _spread(value: float, draws: _Floats, level: float) -> Spread:
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Spread(float(value), float(low), float(high))
