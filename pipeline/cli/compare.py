@@ -15,7 +15,7 @@ from teacher_cache.storage.observe.progress import StageProgress
 from teacher_cache.storage.observe.quantities import counted, duration
 
 if TYPE_CHECKING:
-    from teacher_cache.pipeline.train.compare.run import Comparison
+    from teacher_cache.pipeline.train.compare.result import Comparison
 
 
 @settings_command(

@@ -54,6 +54,7 @@ class ReportResult(BaseModel, frozen=True):
 @option(
     "--deployed", "Folder of a deployed student to show. May be repeated.", multiple=True, callback=of_kind(DEPLOYED)
 )
+@option("--compared", "Folder of compare --out to show: which teacher teaches best.")
 @option("--out", "HTML file to write or replace.", "report.html")
 @option("--image-root", "Folder or URL of the images, if they moved. Default: the recorded place.")
 @option("--split", "Split of statistics, map and pairs. Default: all.")

@@ -42,6 +42,7 @@ def all_charts(data: ReportData) -> dict[str, Chart]:
     made = (
         _retention(data),
         _teacher_recall(data),
+        _compared(data),
         *_distributions(data),
         _map(data),
         _losses(data),
@@ -178,6 +179,23 @@ def _teacher_recall(data: ReportData) -> Chart | None:
     if seen:
         caption += " Splits are galleries of their own, with 95 % intervals over images; larger galleries are harder."
     return dots("teacher", "recall, %", rows, "gallery", caption, "The teacher's recall", False)
+
+
+def _compared(data: ReportData) -> Chart | None:
+    compared = data.compared
+    if compared is None:
+        return None
+    rows: list[tuple[Any, ...]] = []
+    for one in compared.teachers:
+        rows.append((one.cache, "its students", one.student.value, one.student.low, one.student.high, compared.chance))
+        rows.append((one.cache, "the teacher", one.recall, None, None, compared.chance))
+    caption = (
+        f"Mean recall of {compared.seeds} students of each teacher on {compared.images:,} images of "
+        f"{compared.measured_split}, each {compared.student} after {compared.epochs} epochs over "
+        f"{compared.learned_images:,} images, with the 95 % interval over images and seeds. The upright dash is "
+        f"chance. To pay for: {compared.choice}."
+    )
+    return dots("compared", "mean recall, %", rows, "model", caption, "Which teacher teaches best", False)
 
 
 def _distributions(data: ReportData) -> list[Chart | None]:

@@ -26,13 +26,14 @@ from teacher_cache.pipeline.report.pairs import retrieved_pairs
 from teacher_cache.pipeline.report.row_map import row_map
 from teacher_cache.pipeline.report.students import read_deployments, read_runs
 from teacher_cache.pipeline.report.thumbnails import collect_pictures
-from teacher_cache.storage.errors import CacheIncompleteError
+from teacher_cache.pipeline.train.compare.result import Comparison, read_comparison
+from teacher_cache.storage.errors import CacheIncompleteError, UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.format.commits import QuarantinedRow
 from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import SAMPLES
-from teacher_cache.storage.look.info import ChunkState, chunk_states, describe_cache
+from teacher_cache.storage.look.info import CacheInfo, ChunkState, chunk_states, describe_cache
 from teacher_cache.storage.look.stats import CacheStats, DrawnRows, read_drawn, stats_of
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -55,11 +56,13 @@ class ReportOptions(TypedDict, total=False):
     """Maximum number of images to read; a sample if there are more. Default: 20,000."""
     seed: int
     """Seed of samples. Default: 0."""
+    compared: str | None
+    """Folder of a comparison of teachers to show. Default: none."""
     whole: bool
     """False for neither a map nor pictures: for its charts alone. Default: true."""
 
 
-_DEFAULTS = ReportOptions(image_root=None, split=None, most=20_000, seed=0, whole=True)
+_DEFAULTS = ReportOptions(image_root=None, split=None, most=20_000, seed=0, compared=None, whole=True)
 
 
 def collect_report(
@@ -91,6 +94,7 @@ def collect_report(
     run_reports, run_notes = read_runs(runs, info.manifest_digest)
     tables, table_notes = read_deployments(deployed, info.manifest_digest)
     notes = run_notes + table_notes
+    compared = None if settings["compared"] is None else _compared(settings["compared"], info)
     states = chunk_states(location)
     shown: dict[str, Any] = {}
     reader = None
@@ -112,6 +116,7 @@ def collect_report(
         lost=lost,
         runs=run_reports,
         deployments=tables,
+        compared=compared,
         **shown,
     )
     pictures: dict[int, str] = {}
@@ -124,6 +129,14 @@ def collect_report(
         )
         notes += [missing] if missing else []
     return report.model_copy(update={"pictures": pictures, "notes": tuple(map(as_utf8, notes))})
+
+
+def _compared(folder: str, info: CacheInfo) -> Comparison:
+    result = read_comparison(folder)
+    if info.manifest_digest not in [one.cache_manifest_digest for one in result.teachers]:
+        caches = ", ".join(one.cache for one in result.teachers)
+        raise UsageError(f"{folder}: compares {caches}, and not {info.location}; report one of those")
+    return result
 
 
 def _sides(report: ReportData) -> dict[int, int]:

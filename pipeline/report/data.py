@@ -10,6 +10,7 @@ from teacher_cache.pipeline.deploy.table import StudentTable
 from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 from teacher_cache.pipeline.evaluate.sampled import SampledRecall
 from teacher_cache.pipeline.models.run_record import RunRecord
+from teacher_cache.pipeline.train.compare.result import Comparison
 from teacher_cache.storage.look.info import CacheInfo
 from teacher_cache.storage.look.stats import CacheStats
 
@@ -109,5 +110,6 @@ class ReportData(BaseModel, frozen=True):
     lost: tuple[LostImage, ...]
     runs: tuple[RunReport, ...]
     deployments: tuple[StudentTable, ...]
+    compared: Comparison | None = Field(None, description="Comparison of this cache's teacher with others.")
     pictures: dict[int, str] = Field({}, description="Pictures as data URIs, by row of the image.")
     notes: tuple[Shown, ...] = Field((), description="Notes on samples and missing parts, with the remedy.")

@@ -25,8 +25,8 @@ class CompareConfig(StageConfig):
     )
     init: tuple[str, ...] = Field(
         (),
-        description="Checkpoint or folder of student inherit that all students start from; or one for each cache, where "
-        "teachers see images of other mean and deviation. None should know one of the teachers. Default: random.",
+        description="Checkpoint or folder of student inherit that all students start from; or one for each cache, "
+        "where the teachers normalise images otherwise. None should know a teacher. Default: random.",
     )
     split: LearnedSplit = "train"
     measure_split: MeasuredSplit = None

@@ -45,13 +45,13 @@ def with_drawn_split(sample: Sample, share: Fraction, where: str) -> Sample:
 
 
 def in_sample(record: Sample | Problem, share: Fraction) -> bool:
-    """Return whether a record is drawn: an image by its id alone, a problem that loses an image by its place.
+    """Return whether a record is drawn: an image by its id alone, a problem by its place.
 
     The draw is independent of ``holdout``. A file of samples that is broken is always told.
     """
     if isinstance(record, Sample):
         return _drawn("sample " + record.sample_id, share)
-    return not record.lost_image or record.kind == "broken-file" or _drawn("sample " + record.where, share)
+    return record.kind == "broken-file" or _drawn("sample " + record.where, share)
 
 
 def _drawn(text: str, share: Fraction) -> bool:

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.data.datasets.adapters import SAMPLE
 from teacher_cache.pipeline.data.datasets.holdout import parse_share
@@ -25,6 +24,14 @@ from teacher_cache.pipeline.settings.compare import CompareConfig
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.train.compare.agreement import NEIGHBOURS, common_rows, shared_neighbours
 from teacher_cache.pipeline.train.compare.ranking import Pair, choose, rank_teachers
+from teacher_cache.pipeline.train.compare.result import (
+    RESULT,
+    Between,
+    ComparedPair,
+    ComparedTeacher,
+    Comparison,
+    SharedNeighbours,
+)
 from teacher_cache.pipeline.train.loop import train
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.files.local import LocalFiles
@@ -33,7 +40,6 @@ from teacher_cache.storage.look.info import CacheInfo, describe_cache
 from teacher_cache.storage.look.stats import effective_rank
 from teacher_cache.storage.read.reader import EmbeddingReader
 
-RESULT = "comparison.json"
 _RESAMPLES = 10_000  # a shared level looks at thin tails
 
 
@@ -43,75 +49,6 @@ class Progress(Protocol):
     def __call__(  # noqa: D102
         self, stage: str, done: int, total: int, note: str = "", eta_seconds: float | None = None
     ) -> None: ...
-
-
-class Between(BaseModel, frozen=True):
-    """A number with its interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-class ComparedTeacher(BaseModel, frozen=True):
-    """One teacher, its students, and its cost."""
-
-    cache: str
-    cache_manifest_digest: str
-    teacher: str
-    embed_dim: int
-    recall: float = Field(description="The teacher's own mean recall on the measured split, in percent.")
-    image_rank: float = Field(description="Effective rank of the image rows; see stats.")
-    text_rank: float
-    students: tuple[float, ...] = Field(description="Mean recall of each student by seed, in percent.")
-    student: Between = Field(description="Their mean, with its interval over images and seeds.")
-    encode_seconds: float | None = Field(
-        description="Seconds to encode all images and captions at the rate, and on the device, of the cache; None "
-        "where it has no record of that, for example if its rows were copied."
-    )
-
-
-class ComparedPair(BaseModel, frozen=True):
-    """The difference between the students of two teachers, in points of mean recall."""
-
-    better: str = Field(description="Cache of the teacher with the better students.")
-    worse: str
-    points: Between
-    certain: bool = Field(description="True if the interval does not hold 0.")
-
-
-class SharedNeighbours(BaseModel, frozen=True):
-    """Share of each row's ten nearest rows that two teachers have in common, in percent; None for too few rows."""
-
-    first: str
-    second: str
-    image: float | None
-    text: float | None
-
-
-class Comparison(BaseModel, frozen=True):
-    """Result of ``compare``."""
-
-    teachers: tuple[ComparedTeacher, ...] = Field(description="The teachers, the one with the best students first.")
-    pairs: tuple[ComparedPair, ...] = Field(description="All differences; empty with one seed.")
-    neighbours: tuple[SharedNeighbours, ...]
-    neighbours_by_chance: float = Field(description="Share in percent that unrelated teachers have in common.")
-    choice: str = Field(
-        description="Cache of the teacher to pay for: the cheapest of those that none is certainly better than."
-    )
-    student: str
-    epochs: int
-    seeds: int
-    split: str
-    learned_images: int
-    measured_split: str
-    images: int
-    captions: int
-    chance: float = Field(description="Mean recall of a random order, in percent.")
-    level: float = Field(LEVEL, description="Level of the intervals; that of the pairs holds for all of them at once.")
-    encode_images: int = Field(description="Number of images that the cost is of.")
-    seconds: float = Field(description="Seconds of this call; students of earlier calls are not in it.")
-    date: str
 
 
 def compare(config: CompareConfig, progress: Progress | None = None) -> Comparison:

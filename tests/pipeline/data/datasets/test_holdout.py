@@ -1,4 +1,4 @@
-"""Settings of every kind: ``holdout``, which makes splits where the dataset has none, and ``uncaptioned``."""
+"""Settings of every kind: ``holdout``, which makes splits where there are none, ``sample`` and ``uncaptioned``."""
 
 from __future__ import annotations
 
@@ -43,6 +43,30 @@ def test_a_split_is_drawn_by_the_id_alone(tmp_path: Path) -> None:
     assert {name for name in first if first[name] == "test"} < {name for name in wider if wider[name] == "test"}
     # sha256sum of these names begins with 2634c9a6 and 11d8883c; 10 % end at 19999999
     assert (first["00032.png"], first["00033.png"]) == ("train", "test")
+
+
+def test_a_sample_is_drawn_by_the_id_alone_and_independently_of_the_holdout(tmp_path: Path) -> None:
+    path = table(tmp_path / "t.csv", 20_000)
+    whole = splits(read("table", path, holdout="10%")[0])
+    sample = splits(read("table", path, holdout="10%", sample="5%")[0])
+    assert sample == {name: whole[name] for name in sample}
+    for chosen, share, of in (
+        (sample, 0.05, len(whole)),
+        ([n for n in sample if sample[n] == "test"], 0.1, len(sample)),
+    ):
+        assert abs(len(chosen) - of * share) < 4 * sqrt(of * share * (1 - share))
+    wider = splits(read("table", path, sample="0.1")[0])
+    assert sample.keys() < wider.keys()
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, *reversed(rows[:15_000])]))
+    assert splits(read("table", path, holdout="10%", sample="5%")[0]) == {n: sample[n] for n in sample if n < "15000"}
+
+
+def test_a_sample_has_its_share_of_the_problems(tmp_path: Path) -> None:
+    lines = [f"{number:05d}.png," for number in range(4_000)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,caption", *lines, "a.png,A."]))
+    _, problems = read("table", tmp_path / "t.csv", sample="5%")
+    assert abs(len({problem.where for problem in problems}) - 200) < 4 * sqrt(190)
 
 
 def dataset(kind: str, root: Path) -> tuple[Path, dict[str, str]]:
