@@ -48,7 +48,7 @@ def _parts(result: Comparison) -> Iterator[Part]:
     if result.pairs:
         yield _pair_table(result)
     yield _neighbour_table(result)
-    yield f"pay for {result.choice}: {_reason(result)}"
+    yield from _verdict(result)
 
 
 def _teacher_table(result: Comparison) -> Table:
@@ -87,15 +87,14 @@ def _neighbour_table(result: Comparison) -> Table:
     return table
 
 
-def _reason(result: Comparison) -> str:
-    """Return in words why a teacher was chosen."""
-    beaten = {pair.worse for pair in result.pairs if pair.certain}
-    good = [one for one in result.teachers if one.cache not in beaten]
-    if not result.pairs:
-        return "its student is the best one, with one seed"
-    if len(good) == 1:
-        return "its students are better than all others', for certain"
-    costs = [one.encode_seconds for one in good]
-    if None in costs:
-        return f"the best of {len(good)} that no other is certainly better than; what each costs is not recorded"
-    return f"the cheapest of {len(good)} that no other is certainly better than"
+def _verdict(result: Comparison) -> Iterator[str]:
+    """Yield which teacher to pay for, and how certain that is."""
+    if not result.rivals:
+        yield f"pay for {result.choice}: its students are certainly better than all others'"
+        return
+    yield f"ahead: {result.choice}, but not certainly better than {', '.join(result.rivals)}"
+    cost = {one.cache: one.encode_seconds for one in result.teachers}
+    best = cost[result.choice]
+    cheaper = [cache for cache in result.rivals if best is not None and (cost[cache] or best) < best]
+    advice = "more images, seeds or epochs decide"
+    yield f"cheaper: {', '.join(cheaper)}; {advice}" if cheaper else f"none of them is cheaper: pay for {result.choice}"

@@ -193,8 +193,9 @@ def _compared(data: ReportData) -> Chart | None:
         f"Mean recall of {compared.seeds} students of each teacher on {compared.images:,} images of "
         f"{compared.measured_split}, each {compared.student} after {compared.epochs} epochs over "
         f"{compared.learned_images:,} images, with the 95 % interval over images and seeds. The upright dash is "
-        f"chance. To pay for: {compared.choice}."
+        f"chance. Ahead: {compared.choice}"
     )
+    caption += f", but not certainly better than {', '.join(compared.rivals)}." if compared.rivals else ", certainly."
     return dots("compared", "mean recall, %", rows, "model", caption, "Which teacher teaches best", False)
 
 

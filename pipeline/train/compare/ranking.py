@@ -85,16 +85,10 @@ def rank_teachers(recalls: _Floats, draws: _Floats, level: float, seed: int = 0)
     )
 
 
-def choose(ranking: Ranking, costs: list[float | None]) -> int:
-    """Return the teacher to pay for: the cheapest of those that none is certainly better than.
-
-    Args:
-        costs: cost of each teacher, in any unit. If one is not known, the best of them is returned.
-    """
-    beaten = {pair.worse for pair in ranking.pairs if pair.certain}
-    good = [number for number in ranking.order if number not in beaten]
-    known = [(cost, place) for place, cost in enumerate(costs[number] for number in good) if cost is not None]
-    return good[min(known)[1] if len(known) == len(good) and ranking.pairs else 0]
+def rivals(ranking: Ranking) -> list[int]:
+    """Return the teachers that the best one is not certainly better than, best first; all others with one seed."""
+    beaten = {pair.worse for pair in ranking.pairs if pair.certain and pair.better == ranking.order[0]}
+    return [number for number in ranking.order[1:] if number not in beaten]
 
 
 def _spread(value: float, draws: _Floats, level: float) -> Spread:

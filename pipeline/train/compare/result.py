@@ -63,9 +63,8 @@ class Comparison(BaseModel, frozen=True):
     pairs: tuple[ComparedPair, ...] = Field(description="All differences; empty with one seed.")
     neighbours: tuple[SharedNeighbours, ...]
     neighbours_by_chance: float = Field(description="Share in percent that unrelated teachers have in common.")
-    choice: str = Field(
-        description="Cache of the teacher to pay for: the cheapest of those that none is certainly better than."
-    )
+    choice: str = Field(description="Cache of the teacher with the best students.")
+    rivals: tuple[str, ...] = Field(description="Caches of the teachers that it is not certainly better than.")
     student: str
     epochs: int
     seeds: int

@@ -23,7 +23,7 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.settings.compare import CompareConfig
 from teacher_cache.pipeline.settings.evaluate import EvaluateConfig
 from teacher_cache.pipeline.train.compare.agreement import NEIGHBOURS, common_rows, shared_neighbours
-from teacher_cache.pipeline.train.compare.ranking import Pair, choose, rank_teachers
+from teacher_cache.pipeline.train.compare.ranking import Pair, rank_teachers, rivals
 from teacher_cache.pipeline.train.compare.result import (
     RESULT,
     Between,
@@ -109,7 +109,8 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
         pairs=tuple(_pair(pair, config.caches) for pair in ranking.pairs),
         neighbours=_neighbours(rows, config.caches),
         neighbours_by_chance=100 * NEIGHBOURS / max(1, len(rows["image"][0]) - 1),
-        choice=config.caches[choose(ranking, costs)],
+        choice=config.caches[ranking.order[0]],
+        rivals=tuple(config.caches[number] for number in rivals(ranking)),
         student=config.student,
         epochs=config.epochs,
         seeds=config.seeds,

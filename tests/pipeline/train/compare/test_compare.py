@@ -87,6 +87,9 @@ def test_each_number_is_that_of_the_commands_it_stands_for(home: Home, compared:
         seconds = images / info.images_per_second + 2 * info.layout.text_rows / info.captions_per_second
         assert (compared.encode_images, one.encode_seconds) == (images, pytest.approx(seconds))
     assert len(compared.pairs) == len(compared.neighbours) == 3
+    assert compared.choice == compared.teachers[0].cache
+    uncertain = {pair.worse for pair in compared.pairs if pair.better == compared.choice and not pair.certain}
+    assert set(compared.rivals) == uncertain
     assert {cache: cache_digest(cache) for cache in home.caches} == digests
 
 
@@ -106,7 +109,7 @@ def test_the_command_shows_the_ranking_and_the_teacher_to_pay_for(home: Home, co
     words += ["--epochs", "2", "--seeds", "2", "--device", "cpu", "--set", "train.batch_size=8"]
     done = CliRunner().invoke(app, [*words, "--set", "train.workers=0"])
     assert done.exit_code == 0, done.output
-    assert f"pay for {compared.choice}: " in done.stdout
+    assert f"{'ahead: ' if compared.rivals else 'pay for '}{compared.choice}" in done.stdout
     for one in compared.teachers:
         assert f"{one.student.value:.1f}" in next(line for line in done.stdout.splitlines() if one.cache in line)
     kept = json.loads((home.folder / "compared" / "comparison.json").read_text())
@@ -116,7 +119,7 @@ def test_the_command_shows_the_ranking_and_the_teacher_to_pay_for(home: Home, co
 def test_one_seed_says_that_nothing_is_certain(home: Home) -> None:
     result = compare(home.config("one", seeds=1, caches=home.caches[:2]))
     assert (result.pairs, len(result.teachers)) == ((), 2)
-    assert result.choice == result.teachers[0].cache
+    assert (result.choice, result.rivals) == (result.teachers[0].cache, (result.teachers[1].cache,))
 
 
 def test_what_cannot_be_compared_is_refused_by_name_and_nothing_is_written(home: Home, tmp_path: Path) -> None:

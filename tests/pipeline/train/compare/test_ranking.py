@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from teacher_cache.pipeline.train.compare.agreement import shared_neighbours
-from teacher_cache.pipeline.train.compare.ranking import Ranking, choose, rank_teachers
+from teacher_cache.pipeline.train.compare.ranking import Ranking, rank_teachers, rivals
 
 IMAGES, SEEDS, RESAMPLES = 60, 3, 800
 
@@ -54,22 +54,17 @@ def ranking(recalls: list[list[float]]) -> Ranking:
     return rank_teachers(values, np.repeat(values.mean(axis=1, keepdims=True), 1_000, axis=1), 0.95)
 
 
-@pytest.mark.parametrize(
-    ("costs", "chosen"),
-    [([10.0, 1.0, 0.1], 1), ([1.0, 10.0, 0.1], 0), ([None, 1.0, 0.1], 0), ([1.0, 1.0, 0.1], 0)],
-)
-def test_the_cheapest_of_those_that_none_beats_is_chosen(costs: list[float | None], chosen: int) -> None:
-    """The first two cannot be told apart, the third is cheap and worse."""
-    ranked = ranking([[50, 52, 48], [49, 51, 47], [10, 12, 11]])
-    assert ranked.order == (0, 1, 2)
-    assert [(pair.better, pair.worse) for pair in ranked.pairs if pair.certain] == [(0, 2), (1, 2)]
-    assert choose(ranked, costs) == chosen
+def test_the_rivals_are_those_that_the_best_does_not_beat_for_certain() -> None:
+    ranked = ranking([[50, 52, 48], [10, 12, 11], [49, 51, 47]])
+    assert ranked.order == (0, 2, 1)
+    assert [(pair.better, pair.worse) for pair in ranked.pairs if pair.certain] == [(0, 1), (2, 1)]
+    assert rivals(ranked) == [2]
 
 
 def test_one_seed_makes_nothing_certain() -> None:
     ranked = ranking([[10], [50]])
     assert (ranked.order, ranked.pairs) == ((1, 0), ())
-    assert choose(ranked, [1.0, 100.0]) == 1
+    assert rivals(ranked) == [0]
 
 
 def test_shared_neighbours_are_those_that_a_plain_count_finds() -> None:
