@@ -205,8 +205,10 @@ def test_a_taken_port_ends_the_command_that_named_it(
     assert len(others) == (0 if by_flag else 1)
 
 
-def test_what_nobody_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A job is left as it is, no record is made of an event, and prometheus-client is not imported."""
+    # as nobody left it: servers that other tests start in this process turn the root logger up
+    caplog.set_level(logging.WARNING, logger="teacher_cache.precompute")
     monkeypatch.delenv(METRICS_PORT, raising=False)
     monkeypatch.setattr(logging.Logger, "makeRecord", fail)
 
