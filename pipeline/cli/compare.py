@@ -93,8 +93,11 @@ def _verdict(result: Comparison) -> Iterator[str]:
         yield f"pay for {result.choice}: its students are certainly better than all others'"
         return
     yield f"ahead: {result.choice}, but not certainly better than {', '.join(result.rivals)}"
-    cost = {one.cache: one.encode_seconds for one in result.teachers}
-    best = cost[result.choice]
-    cheaper = [cache for cache in result.rivals if best is not None and (cost[cache] or best) < best]
-    advice = "more images, seeds or epochs decide"
-    yield f"cheaper: {', '.join(cheaper)}; {advice}" if cheaper else f"none of them is cheaper: pay for {result.choice}"
+    costs = {one.cache: one.encode_seconds for one in result.teachers}
+    best, known = costs[result.choice], {cache: cost for cache, cost in costs.items() if cost is not None}
+    if best is None or not known.keys() >= set(result.rivals):
+        yield "what each costs is not recorded in its cache; more images, seeds or epochs decide"
+    elif cheaper := [cache for cache in result.rivals if known[cache] < best]:
+        yield f"cheaper: {', '.join(cheaper)}; more images, seeds or epochs decide"
+    else:
+        yield f"none of them is cheaper: pay for {result.choice}"
