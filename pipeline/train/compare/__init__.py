@@ -1,1 +1,1 @@
-"""Which teacher to pay for: small students of several teachers, and which of their differences are certain."""
+"""Compare teachers by small students of each, and say which differences are certain."""

@@ -1,4 +1,4 @@
-"""Which of the differences between teachers are certain. Pure functions of arrays; no torch.
+"""Rank teachers, and tell which differences are certain. Pure functions of arrays; no torch.
 
 Two things could have come out otherwise: which images were measured, and the seeds of the students. The first is
 resampled (``teacher_cache.pipeline.evaluate.intervals``), all teachers on the same draws. The second is the variance
@@ -17,15 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_cache.pipeline.train.compare.result import Between
+
 _Floats = NDArray[np.float64]
-
-
-class Spread(NamedTuple):
-    """A number and its interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Pair(NamedTuple):
@@ -33,7 +27,7 @@ class Pair(NamedTuple):
 
     better: int
     worse: int
-    points: Spread
+    points: Between
 
     @property
     def certain(self) -> bool:
@@ -50,7 +44,7 @@ class Ranking(NamedTuple):
         pairs: all pairs, with intervals at the level that all pairs share; empty with one seed.
     """
 
-    teachers: tuple[Spread, ...]
+    teachers: tuple[Between, ...]
     order: tuple[int, ...]
     pairs: tuple[Pair, ...]
 
@@ -91,6 +85,6 @@ def rivals(ranking: Ranking) -> list[int]:
     return [number for number in ranking.order[1:] if number not in beaten]
 
 
-def _spread(value: float, draws: _Floats, level: float) -> Spread:
+def _spread(value: float, draws: _Floats, level: float) -> Between:
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Spread(float(value), float(low), float(high))
+    return Between(value=value, low=low, high=high)

@@ -74,7 +74,7 @@ class Comparison(BaseModel, frozen=True):
     images: int
     captions: int
     chance: float = Field(description="Mean recall of a random order, in percent.")
-    level: float = Field(LEVEL, description="Level of the intervals; that of the pairs holds for all of them at once.")
+    level: float = Field(LEVEL, description="Probability that an interval holds; of the pairs, that all hold.")
     encode_images: int = Field(description="Number of images that the cost is of.")
     seconds: float = Field(description="Seconds of this call; students of earlier calls are not in it.")
     date: str

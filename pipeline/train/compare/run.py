@@ -26,7 +26,6 @@ from teacher_cache.pipeline.train.compare.agreement import NEIGHBOURS, common_ro
 from teacher_cache.pipeline.train.compare.ranking import Pair, rank_teachers, rivals
 from teacher_cache.pipeline.train.compare.result import (
     RESULT,
-    Between,
     ComparedPair,
     ComparedTeacher,
     Comparison,
@@ -99,7 +98,7 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
             image_rank=effective_rank(rows["image"][number]) or 0.0,
             text_rank=effective_rank(rows["text"][number]) or 0.0,
             students=tuple(recalls[number].tolist()),
-            student=Between(**ranking.teachers[number]._asdict()),
+            student=ranking.teachers[number],
             encode_seconds=costs[number],
         )
         for number, reader in enumerate(readers)
@@ -191,8 +190,8 @@ def _encode_seconds(info: CacheInfo, images: int) -> float | None:
 
 
 def _pair(pair: Pair, caches: Sequence[str]) -> ComparedPair:
-    points = Between(**pair.points._asdict())
-    return ComparedPair(better=caches[pair.better], worse=caches[pair.worse], points=points, certain=pair.certain)
+    better, worse = caches[pair.better], caches[pair.worse]
+    return ComparedPair(better=better, worse=worse, points=pair.points, certain=pair.certain)
 
 
 def _neighbours(rows: dict[Any, list[NDArray[np.float32]]], caches: Sequence[str]) -> tuple[SharedNeighbours, ...]:
