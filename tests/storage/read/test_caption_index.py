@@ -67,7 +67,10 @@ def test_captions_in_disorder_are_refused(parts: list[list[int]]) -> None:
 def test_a_million_images_take_a_byte_each_where_they_differ_and_next_to_nothing_where_not(
     one_has: int, bytes_each: float
 ) -> None:
-    """Of 100 images one has as many captions as said, the others 5. While it is made, too, but for a part of it."""
+    """Of 100 images one has as many captions as said, the others 5. While it is made, a part of the table beside it.
+
+    Offsets would take 8 bytes. Other threads of this process allocate too, so the limit leaves them a megabyte.
+    """
     images, at_once = 1_000_000, 10_000
     counts = np.where(np.arange(at_once) % 100, 5, one_has)
     owners = (np.repeat(np.arange(first, first + at_once), counts) for first in range(0, images, at_once))
@@ -76,7 +79,7 @@ def test_a_million_images_take_a_byte_each_where_they_differ_and_next_to_nothing
         index = CaptionIndex(images, owners, "x")
         kept, peak = tracemalloc.get_traced_memory()
         assert kept < bytes_each * images
-        assert peak < kept + 0.1 * images + 100 * at_once
+        assert peak < kept + 3 * images
         assert index.starts(np.arange(images + 1)[::-1])[0] == images // at_once * counts.sum()
     finally:
         tracemalloc.stop()
