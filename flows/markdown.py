@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from teacher_cache.storage.observe.safe_text import unmarked
+from teacher_cache.storage.observe.safe_text import shown, unmarked
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.deploy.run import DeployResult
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 def code(value: Any) -> str:
     """Return a value as inline code that is safe in a table cell: file and split names may hold anything."""
-    return "`" + str(value).replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"
+    # a pipe behind two backslashes ends a cell, and code has no other escape
+    return "`" + re.sub(r"\\*\|", r"\\|", shown(str(value)).replace("`", "'").replace("\n", " ")) + "`"
 
 
 def cache_text(
@@ -156,7 +158,7 @@ def deployment_text(result: DeployResult) -> str:
 
     table = result.table
     lines = [f"# {code(result.out)}", "", to_markdown(table)]
-    gates = ([gate.name, f"{gate.found:.6g}", unmarked(gate.wanted)] for gate in table.gates)
+    gates = ([unmarked(gate.name), f"{gate.found:.6g}", unmarked(gate.wanted)] for gate in table.gates)
     lines += _table(["gate", "found", "wanted"], gates)
     lines += [
         "",

@@ -17,7 +17,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
 
 from teacher_cache.flows.devices import device_slots
-from teacher_cache.flows.markdown import cache_text, problem_lines
+from teacher_cache.flows.markdown import cache_text, code, problem_lines
 from teacher_cache.flows.parameters import ReportPage, named, parameters_of
 from teacher_cache.flows.progress import LoggedProgress, Share, hints_logged, progress_artifact
 from teacher_cache.flows.report_artifacts import leave_report, page_beside, teacher_recall
@@ -59,7 +59,7 @@ def precompute_teacher(*, report: ReportPage = True, **settings: Any) -> dict[st
                 encoded = encode_here(config, pending, progress)
         result = seal(config.cache, encoded, time.perf_counter() - started, config.reuse, pending)
         LoggedProgress(get_run_logger(), progress).end(f"finished, {encoded:,} chunks encoded by this run")
-    create_table_artifact(summary_table(result), key=ARTIFACT, description=f"`{result.cache}`")
+    create_table_artifact(summary_table(result), key=ARTIFACT, description=code(result.cache))
     describe(result, report, hints)
     return result.model_dump(mode="json", exclude={"problem_details", "splits"})
 

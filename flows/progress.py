@@ -21,6 +21,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from pydantic import BaseModel, Field
 
+from teacher_cache.flows.markdown import code
 from teacher_cache.flows.parameters import in_parameters
 from teacher_cache.storage.observe.logs import hints_heard_by
 
@@ -62,7 +63,7 @@ class Share(BaseModel, frozen=True):
 def progress_artifact(key: str, what: str) -> Iterator[Share]:
     """Create a progress artifact of the calling flow run, at 0 %. It shows the error that ends the block, if any."""
     # the call returns a coroutine only to an async caller
-    artifact = cast(UUID, create_progress_artifact(0.0, key=f"{key}-progress", description=f"`{what}`"))
+    artifact = cast(UUID, create_progress_artifact(0.0, key=f"{key}-progress", description=code(what)))
     share = Share(artifact=artifact, what=what)
     try:
         yield share

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from teacher_cache.flows.devices import device_slots
 from teacher_cache.flows.evaluate_student import evaluate_run
-from teacher_cache.flows.markdown import run_text
+from teacher_cache.flows.markdown import code, run_text
 from teacher_cache.flows.parameters import ReportPage, TimeoutSeconds, default_out, named, parameters_of
 from teacher_cache.flows.progress import LoggedProgress, Share, progress_artifact
 from teacher_cache.flows.report_artifacts import leave_report
@@ -80,7 +80,7 @@ def train_student(
         record = train_run.with_options(timeout_seconds=timeout_seconds)(config, progress)
         if evaluate_split:
             measured = evaluate_run(evaluate_config(config, evaluate_split, evaluate_checkpoint))
-    create_table_artifact(summary_table(record, measured), key=ARTIFACT, description=f"`{config.out}`")
+    create_table_artifact(summary_table(record, measured), key=ARTIFACT, description=code(config.out))
     describe(record, measured, report)
     returned = {
         "run": config.out,

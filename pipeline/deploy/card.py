@@ -107,7 +107,7 @@ def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[A
     files += [
         f"- no int8 file of the {tower} tower: {unmarked(why)}" for tower, why in deployment.not_quantised.items()
     ]
-    gates = "\n".join(f"| {gate.name} | {gate.found:.7g} | {gate.wanted} |" for gate in table.gates)
+    gates = "\n".join(f"| {unmarked(gate.name)} | {gate.found:.7g} | {unmarked(gate.wanted)} |" for gate in table.gates)
     # the runtime needs both towers of one variant
     smallest = "int8" if len(deployment.towers.get("int8", {})) == 2 else "fp32"
     weights = deployment.weights
@@ -115,13 +115,13 @@ def model_card(deployment: Deployment, table: StudentTable, averaged: Sequence[A
     multiplied_out = "; the factorised token embedding is multiplied out there" if dense else ""
     runs = f" Its weights are the mean of those of {len(averaged)} runs that began alike." if averaged else ""
     return f"""{_header("onnx")}
-# {deployment.name}
+# {unmarked(deployment.name)}
 
 A CLIP student with {deployment.parameters:,} parameters and {deployment.embed_dim} dimensions, distilled from
 {unmarked(deployment.teacher)} by its cached embeddings (cache {deployment.cache_manifest_digest[:12]}).
 It sees {size} pixels and reads up to {deployment.tokenization.context_length} tokens.{runs}
 
-![Size, speed and recall of {deployment.name}, its teacher and its ONNX files](table.png)
+![Size, speed and recall of the student, its teacher and its ONNX files](table.png)
 
 {to_markdown(table)}
 What each file had to pass, and did:
@@ -169,7 +169,7 @@ def run_card(name: str, record: RunRecord, size: tuple[int, int], measured: Sequ
     table = "\n".join(["| split | images | teacher | student |", "|---|---:|---:|---:|", *lines])
     recalls = f"Mean of the six recalls, in percent:\n\n{table}" if lines else "Its recall was not measured."
     return f"""{_header()}
-# {name}
+# {unmarked(name)}
 
 A CLIP student with {record.student_parameters:,} parameters and {record.student_config["embed_dim"]} dimensions,
 distilled from {unmarked(record.teacher)} by its cached embeddings (cache {record.cache_manifest_digest[:12]}).

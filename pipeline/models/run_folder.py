@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -105,10 +106,12 @@ class RunFolder:
         self.write(record)
 
     def tracker_id(self) -> str:
-        """Return the run's random name in trackers, which a resumed run keeps."""
-        if not (self.path / _TRACKER_ID).exists():
+        """Return the run's random name in trackers, which a resumed run keeps. Any other text is replaced."""
+        path = self.path / _TRACKER_ID
+        # it becomes part of MLflow's query and of wandb's paths
+        if not path.exists() or not re.fullmatch(rb"[0-9a-f]{16}", path.read_bytes()):
             self._files.write(_TRACKER_ID, secrets.token_hex(8).encode())
-        return (self.path / _TRACKER_ID).read_text()
+        return path.read_text()
 
     def require_free(self) -> None:
         """Check that a new run would overwrite nothing in the folder.

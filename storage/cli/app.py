@@ -24,7 +24,7 @@ from teacher_cache.storage.cli.tables import Part, output_width
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.places import CACHE, MANIFEST_KEY, REGISTRY, kind_of, misplaced, typed_as
 from teacher_cache.storage.observe.logs import say
-from teacher_cache.storage.observe.safe_text import CONTROL, shown
+from teacher_cache.storage.observe.safe_text import escaped_json, shown
 
 if TYPE_CHECKING:
     from click.types import OptionHelpExtra
@@ -375,8 +375,7 @@ view_option = option("--view", "View of the images; 0 is the evaluation crop.", 
 
 def print_json(result: BaseModel) -> None:
     """Print one JSON object on stdout. Control characters are escaped, also those that JSON allows in texts."""
-    lines = result.model_dump_json(indent=2).split("\n")
-    sys.stdout.writelines(CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", line) + "\n" for line in lines)
+    sys.stdout.writelines(escaped_json(line) + "\n" for line in result.model_dump_json(indent=2).split("\n"))
 
 
 def print_result(result: _M, as_json: bool, text: Callable[[_M], Iterable[Part]]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.storage.errors import UsageError
-from teacher_cache.storage.observe.safe_text import redact, shown
+from teacher_cache.storage.observe.safe_text import escaped_json, redact, shown
 
 LOG_FORMAT = "TEACHER_CACHE_LOG_FORMAT"
 RUN = "TEACHER_CACHE_RUN"
@@ -58,7 +58,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(_plain(line), ensure_ascii=False, allow_nan=False)
+        return escaped_json(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False))
 
 
 class _LineFormatter(logging.Formatter):

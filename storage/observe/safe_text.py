@@ -35,6 +35,8 @@ def redact(text: str) -> str:
 NOT_TEXT = re.compile("[\ud800-\udfff]")
 # line ends and escapes would forge lines of a log or drive a terminal; no file name needs them
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# bidirectional marks show the text around them in another order
+_CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 MAX_NAME_CHARACTERS = 4096  # PATH_MAX of Linux; no server takes a longer URL
 _SHOWN_CHARACTERS = 300
 
@@ -52,8 +54,13 @@ def printable(text: str) -> str:
 
 
 def unmarked(text: str) -> str:
-    """Return a text for Markdown that is shown as a web page: without line ends and markup."""
-    return escape(" ".join(text.split()), quote=False).replace("[", "\\[").replace("|", "\\|")
+    """Return a text for Markdown that is shown as a web page: without line ends, links, HTML and bidi controls."""
+    return re.sub(r"[\\\[|]", r"\\\g<0>", escape(shown(" ".join(text.split())), quote=False))
+
+
+def escaped_json(line: str) -> str:
+    """Escape what JSON allows in texts and a terminal obeys: control characters and bidirectional marks."""
+    return _CONTROL_OR_BIDI.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
 
 
 def shown(text: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from types import SimpleNamespace
 from uuid import UUID
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from teacher_cache.flows.markdown import cache_text, code, problem_lines, recall_text, retraining_text, run_text
@@ -21,6 +23,7 @@ from teacher_cache.pipeline.evaluate.sampled import SampledRecall
 from teacher_cache.pipeline.models.run_record import BestRecord, EpochRecord, RunRecord, Selection
 from teacher_cache.pipeline.precompute.run import PrecomputeResult
 from teacher_cache.storage.look.info import describe_cache
+from teacher_cache.storage.observe.safe_text import unmarked
 from tests.conftest import make_identity
 from tests.pipeline.train.train_work import train_config
 
@@ -203,6 +206,34 @@ def test_the_first_problems_are_listed_and_the_others_counted(known_cache):
     ]
     few = result.model_copy(update={"problems": {"undecodable-image": 1, "damaged-tar": 1}})
     assert problem_lines(few) == list(few.problem_details)
+
+
+@pytest.mark.parametrize("escaped", [code, unmarked])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a`b|c\nd",
+        "<img src=x>",
+        r"\[a](//b)",
+        r"\![a](//b)",
+        r"a\|<b>",
+        r"a\\|b|c",
+        "a\r# b",
+        "\u202eb",
+        "\x1b[2J",
+        "[a]: b",
+    ],
+)
+def test_no_name_is_markup_in_a_table(escaped, name):
+    page = MarkdownIt().enable("table").render(f"| x | y |\n|---|---|\n| 1 | {escaped(name)} |")
+    cells = [
+        cell.removeprefix("<code>").removesuffix("</code>") for cell in re.findall(r"<td>(.*?)</td>", page, re.DOTALL)
+    ]
+    assert len(cells) == 2
+    assert "<" not in cells[1]
+    assert not re.search("[\x00-\x1f\u202e]", cells[1])
+    assert page.count("<table>") == 1
+    assert page.endswith("</table>\n")
 
 
 def test_no_name_breaks_out_of_its_code():

@@ -229,6 +229,12 @@ def test_the_card_tells_of_a_mean_and_of_a_choice(trained: Path, deployed: tuple
     assert mean.replace(" Its weights are the mean of those of 3 runs that began alike.", "") == plain != mean
     chosen = result.table.model_copy(update={"chosen_on": "<b>[a|b](c)"})
     assert r", chosen on &lt;b&gt;\[a\|b](c)." in model_card(result.deployment, chosen, ())
+    gate = result.table.gates[0].model_copy(update={"name": "<b>|x"})
+    named = result.deployment.model_copy(update={"name": "a](b)\n<b>"})
+    card = model_card(named, result.table.model_copy(update={"gates": (gate,)}), ())
+    assert "# a](b) &lt;b&gt;\n" in card
+    assert r"| &lt;b&gt;\|x |" in card
+    assert "a](b)" not in card.replace("# a](b)", "")
 
 
 def test_a_damaged_tower_ships_nothing_and_says_by_how_much(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sqlite3
 import struct
@@ -48,6 +49,14 @@ def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")  # set_experiment sets it for the whole process
     monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
     return uri
+
+
+def test_a_run_of_somebody_else_brings_no_name_into_queries_and_paths(tmp_path: Path) -> None:
+    for name in ("' OR tags.`x` != '", "../../x", "é" * 9, ""):
+        (tmp_path / ".tracker-id").write_text(name)
+        made = RunFolder(tmp_path).tracker_id()
+        assert re.fullmatch("[0-9a-f]{16}", made)
+        assert RunFolder(tmp_path).tracker_id() == made
 
 
 def wandb_history(run: Path) -> list[dict[str, float]]:

@@ -140,8 +140,8 @@ def test_a_caption_cannot_command_a_terminal(capsys: pytest.CaptureFixture[str])
 
     print_lines("red \x1b[31m and\na new line [bold]é")
     assert capsys.readouterr().out == "red \ufffd[31m and\ufffda new line [bold]é\n"
-    caption = CaptionRow(row=0, text="\x9b31m\x85\x7f\u2028\né", image_row=0, sample_id="a", cosine=None)
+    caption = CaptionRow(row=0, text="\x9b31m\x85\x7f\u2028\u202e\né", image_row=0, sample_id="a", cosine=None)
     print_json(caption)
     printed = capsys.readouterr().out
-    assert r'"text": "\u009b31m\u0085\u007f\u2028\né"' in printed
+    assert r'"text": "\u009b31m\u0085\u007f\u2028\u202e\né"' in printed
     assert CaptionRow.model_validate_json(printed) == caption

@@ -178,3 +178,8 @@ def test_no_line_for_people_can_command_a_terminal(capsys: pytest.CaptureFixture
     logging.getLogger("teacher_cache.x").warning("c\x1b]0;d\x07")
     stop_logs()
     assert capsys.readouterr().err == "error: a\ufffd[2Jb\ufffd31m\nwarning: c\ufffd]0;d\ufffd\n"
+    record = logging.makeLogRecord({"msg": "a\x1b[2Jb\x9b31m\u202e\né"})
+    line = JsonFormatter().format(record)
+    assert line.replace("é", "").isascii()
+    assert line.isprintable()
+    assert json.loads(line)["message"] == record.msg

@@ -260,6 +260,17 @@ def test_events_without_a_metric_or_with_more_fields_are_no_error() -> None:
         assert value_of("teacher_cache_bad_samples_total", {"kind": kind}) == 1
 
 
+@pytest.mark.parametrize("kind", ['a"} 9\n# HELP x\nx{y="', "a\\", "\r\u2028\u202e\x1b[2J"])
+def test_no_label_is_more_than_a_label(kind: str) -> None:
+    from prometheus_client import generate_latest
+
+    metrics = Metrics()
+    metrics("row quarantined", {"reason": kind})
+    families = text_string_to_metric_families(generate_latest(metrics.registry).decode())
+    samples = [sample for family in families for sample in family.samples if sample.name.endswith("bad_samples_total")]
+    assert [(sample.labels, sample.value) for sample in samples] == [({"kind": kind}, 1)]
+
+
 @pytest.mark.usefixtures("any_port")
 def test_progress_is_of_the_run_not_of_each_call_and_a_call_tried_again_counts_once(
     make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
