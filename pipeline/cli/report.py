@@ -18,9 +18,11 @@ from teacher_cache.storage.cli.app import (
     json_flag,
     of_kind,
     option,
+    others_argument,
     print_result,
     refuse_unused,
     seed_option,
+    unmatched_option,
 )
 from teacher_cache.storage.cli.tables import Part, Table
 from teacher_cache.storage.errors import UsageError
@@ -50,6 +52,7 @@ class ReportResult(BaseModel, frozen=True):
 
 @command("report", example="report coco.cache --run runs/a --deployed deployed/a --out report.html")
 @cache_argument()
+@others_argument
 @option("--run", "Folder of a training run to show. May be repeated.", multiple=True, callback=of_kind(RUN))
 @option(
     "--deployed", "Folder of a deployed student to show. May be repeated.", multiple=True, callback=of_kind(DEPLOYED)
@@ -59,6 +62,7 @@ class ReportResult(BaseModel, frozen=True):
 @option("--image-root", "Folder or URL of the images, if they moved. Default: the recorded place.")
 @option("--split", "Split of statistics, map and pairs. Default: all.")
 @option("--most", "Maximum number of images to read, with their captions. More are sampled.", 20_000, least=2)
+@unmatched_option
 @seed_option
 @option("--data", "JSON file to write with everything that the page shows, pictures included.")
 @json_flag
@@ -68,6 +72,8 @@ def report(cache: str, out: str, data: str | None, as_json: bool, **options: Any
     The page names the location of the cache and of the dataset: mind that before you mail it.
     """
     started = time.perf_counter()
+    if not options["others"]:
+        refuse_unused(("unmatched",), "on one cache")
     target, data_target = _targets(out, data)
     import altair  # noqa: F401 - a missing extra is told before the work begins
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import BaseModel
 
-from teacher_cache.pipeline.evaluate.recall import RetrievalRanks, first_positive_ranks, recall_of_ranks
+from teacher_cache.pipeline.evaluate.recall import Recalls, RetrievalRanks, first_positive_ranks, recall_of_ranks
 from teacher_cache.storage.look.stats import DrawnRows, ReadRows, read_drawn
 
 _IMAGES = 5_000
@@ -21,6 +21,11 @@ class SampledRecall(BaseModel, frozen=True):
     captions: int
     i2t: dict[str, float]
     t2i: dict[str, float]
+
+    @property
+    def by_direction(self) -> Recalls:
+        """Recall by direction and K."""
+        return {"i2t": self.i2t, "t2i": self.t2i}
 
 
 @dataclass(frozen=True)

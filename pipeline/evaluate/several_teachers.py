@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import BaseModel, Field
 
-from teacher_cache.pipeline.data.batches.joined_caches import join_caches
 from teacher_cache.pipeline.evaluate.recall import Recalls, recall_of_ranks
 from teacher_cache.pipeline.evaluate.split import CachedTeacher, Embedded, EvaluationSplit, embed
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.rows import RowSet
+from teacher_cache.storage.read.several.joined_caches import join_caches
 
 
 class OtherTeacher(BaseModel, frozen=True):

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from teacher_cache.pipeline.data.batches.joined_caches import JoinedCache
 from teacher_cache.pipeline.data.batches.stored_images import CachedImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
 from teacher_cache.pipeline.evaluate.recall import RECALL_KS, RetrievalRanks, first_positive_ranks
@@ -33,6 +32,7 @@ from teacher_cache.storage.format.layout import Tower
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.look.nearest import unit_rows
 from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.read.several.joined_caches import JoinedCache
 
 _ROWS_AT_ONCE = 65_536
 

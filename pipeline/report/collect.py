@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from teacher_cache.pipeline.report.data import (
     LostImage,
     ReportData,
     RowMap,
+    TeacherBeside,
     as_utf8,
 )
 from teacher_cache.pipeline.report.pairs import retrieved_pairs
@@ -34,6 +35,7 @@ from teacher_cache.storage.format.manifest_file import read_manifest
 from teacher_cache.storage.format.table_rows import TableRows
 from teacher_cache.storage.format.tables import SAMPLES
 from teacher_cache.storage.look.info import CacheInfo, ChunkState, chunk_states, describe_cache
+from teacher_cache.storage.look.side_by_side import read_side_by_side
 from teacher_cache.storage.look.stats import CacheStats, DrawnRows, read_drawn, stats_of
 from teacher_cache.storage.read.reader import EmbeddingReader
 
@@ -58,11 +60,17 @@ class ReportOptions(TypedDict, total=False):
     """Seed of samples. Default: 0."""
     compared: str | None
     """Folder of a comparison of teachers to show. Default: none."""
+    others: Sequence[str]
+    """Caches of other teachers to show beside it. Default: none."""
+    unmatched: Literal["refuse", "drop"]
+    """Images that one of them lacks, or lacks a caption of: refuse, or leave them out there. Default: "refuse"."""
     whole: bool
     """False for neither a map nor pictures: for its charts alone. Default: true."""
 
 
-_DEFAULTS = ReportOptions(image_root=None, split=None, most=20_000, seed=0, compared=None, whole=True)
+_DEFAULTS = ReportOptions(
+    image_root=None, split=None, most=20_000, seed=0, compared=None, others=(), unmatched="refuse", whole=True
+)
 
 
 def collect_report(
@@ -83,7 +91,8 @@ def collect_report(
         options: see :class:`ReportOptions`.
 
     Raises:
-        UsageError: the split does not exist, or a folder has no run or no deployed student.
+        UsageError: the split does not exist, a folder has no run or no deployed student, or another teacher's cache
+            lacks an image or a caption.
         CacheError: the cache is missing, damaged or cannot be read.
         ModuleNotFoundError: scikit-learn is not installed.
     """
@@ -95,6 +104,7 @@ def collect_report(
     tables, table_notes = read_deployments(deployed, info.manifest_digest)
     notes = run_notes + table_notes
     compared = None if settings["compared"] is None else _compared(settings["compared"], info)
+    teachers = _teachers(location, settings, notes, progress)
     states = chunk_states(location)
     shown: dict[str, Any] = {}
     reader = None
@@ -116,6 +126,7 @@ def collect_report(
         lost=lost,
         runs=run_reports,
         deployments=tables,
+        teachers=teachers,
         compared=compared,
         **shown,
     )
@@ -137,6 +148,31 @@ def _compared(folder: str, info: CacheInfo) -> Comparison:
         caches = ", ".join(one.cache for one in result.teachers)
         raise UsageError(f"{folder}: compares {caches}, and not {info.location}; report one of those")
     return result
+
+
+def _teachers(
+    location: str, settings: ReportOptions, notes: list[str], progress: Progress
+) -> tuple[TeacherBeside, ...]:
+    """Return this cache's teacher and the others, measured on the same images. Adds to the notes."""
+    if not settings["others"]:
+        return ()
+    locations, drop = (location, *settings["others"]), settings["unmatched"] == "drop"
+    drawn, dropped = read_side_by_side(locations, settings["split"], settings["most"], settings["seed"], drop, progress)
+    if dropped:
+        notes.append(f"Teachers side by side: without {dropped:,} images that a cache lacks, or lacks a caption of.")
+    return tuple(_teacher_beside(rows) for rows in drawn)
+
+
+def _teacher_beside(drawn: DrawnRows) -> TeacherBeside:
+    stats, ranked = stats_of(drawn), rank_rows(drawn, depth=10)
+    return TeacherBeside(
+        location=drawn.reader.location,
+        teacher=drawn.reader.identity.teacher.name,
+        separation=stats.separation,
+        image_rank=stats.image.effective_rank,
+        text_rank=stats.text.effective_rank,
+        recall=ranked.recall if ranked else None,
+    )
 
 
 def _sides(report: ReportData) -> dict[int, int]:

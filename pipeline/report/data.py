@@ -94,6 +94,17 @@ def of_other_data(result: EvaluateResult, manifest_digest: str) -> bool:
     return bool(result.accepted_mismatches) and result.cache_manifest_digest != manifest_digest
 
 
+class TeacherBeside(BaseModel, frozen=True):
+    """One of several teachers, on the same images and captions."""
+
+    location: Shown = Field(description="Location of its cache.")
+    teacher: str
+    separation: float | None = Field(description="Probability that a true pair has a greater cosine than a random one.")
+    image_rank: float | None = Field(description="Effective rank of the rows of images.")
+    text_rank: float | None = Field(description="The same of captions.")
+    recall: SampledRecall | None
+
+
 class ReportData(BaseModel, frozen=True):
     """The data of a report."""
 
@@ -110,6 +121,7 @@ class ReportData(BaseModel, frozen=True):
     lost: tuple[LostImage, ...]
     runs: tuple[RunReport, ...]
     deployments: tuple[StudentTable, ...]
+    teachers: tuple[TeacherBeside, ...] = Field((), description="This cache's teacher and others, of several caches.")
     compared: Comparison | None = Field(None, description="Comparison of this cache's teacher with others.")
     pictures: dict[int, str] = Field({}, description="Pictures as data URIs, by row of the image.")
     notes: tuple[Shown, ...] = Field((), description="Notes on samples and missing parts, with the remedy.")

@@ -20,6 +20,7 @@ from teacher_cache.pipeline.deploy.table import cells, describe
 from teacher_cache.pipeline.evaluate.intervals import Interval, RecallIntervals
 from teacher_cache.pipeline.evaluate.learned import learned_words
 from teacher_cache.pipeline.evaluate.recall import RECALL_KS, Recalls, mean_recall
+from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
 from teacher_cache.pipeline.report.chart import PALETTES, Chart, vega_config
 from teacher_cache.pipeline.report.charts import all_charts
 from teacher_cache.pipeline.report.data import ReportData, as_utf8, of_other_data
@@ -30,7 +31,9 @@ from teacher_cache.storage.observe.quantities import counted
 _HERE = Path(__file__).parent
 _TABS = ("Overview", "Students", "Deployment", "Retrieval", "Map", "Distributions", "Problems")
 _METRICS = [(direction, f"R@{k}") for direction in ("i2t", "t2i") for k in RECALL_KS]
-_EVALUATED = ["model", "keeps", "mean recall", *(f"{direction} {name}" for direction, name in _METRICS)]
+_EACH = [f"{direction} {name}" for direction, name in _METRICS]
+_EVALUATED = ["model", "keeps", "mean recall", *_EACH]
+_BESIDE = ["teacher", "mean recall", *_EACH, "true above random", "rank: images", "captions"]
 
 
 def render_report(data: ReportData) -> str:
@@ -62,6 +65,8 @@ def render_report(data: ReportData) -> str:
             facts=facts(data),
             about=about(data),
             identity=_identity(data),
+            teachers=_teachers(data),
+            beside=_BESIDE,
             evaluated=_EVALUATED,
             evaluations=_evaluations(data),
             losses=list(dict.fromkeys(row[1] for row in charts["losses"].rows)) if "losses" in charts else [],
@@ -208,6 +213,7 @@ def _evaluations(data: ReportData) -> list[tuple[str, list[list[str]]]]:
                 on += f", of {as_utf8(item.cache)}"
             teacher = ["teacher", "–", *_recalls(item.teacher, item.teacher_intervals)]
             rows = tables.setdefault((on, item.cache_manifest_digest), [teacher])
+            rows += [row for row in _further(item) if row not in rows]
             if item.student is None or item.retention is None:
                 continue
             chosen = f", chosen on {item.chosen_on}" if item.chosen_on else ""
@@ -222,6 +228,25 @@ def _evaluations(data: ReportData) -> list[tuple[str, list[list[str]]]]:
                 share = _percent(tower.retention["mean"], None, " %")
                 rows.append([f"{run.name}, {which} tower by itself", share, *_recalls(tower.recall, None)])
     return [(on, rows) for (on, _), rows in tables.items()]
+
+
+def _further(item: EvaluateResult) -> list[list[str]]:
+    """Return the rows of further teachers, and of all together."""
+    rows = [[f"teacher of {as_utf8(one.cache)}", "–", *_recalls(one.recall, None)] for one in item.other_teachers]
+    return rows if item.together is None else [*rows, ["all teachers together", "–", *_recalls(item.together, None)]]
+
+
+def _teachers(data: ReportData) -> list[list[str]]:
+    """Return a row for each of several teachers, measured on the same images."""
+    return [
+        [
+            f"{one.teacher}\n{one.location}",
+            *(["–"] * (1 + len(_EACH)) if one.recall is None else _recalls(one.recall.by_direction, None)),
+            "–" if one.separation is None else f"{100 * one.separation:.2f} %",
+            *("–" if rank is None else f"{rank:.1f}" for rank in (one.image_rank, one.text_rank)),
+        ]
+        for one in data.teachers
+    ]
 
 
 def _recalls(recalls: Recalls, intervals: RecallIntervals | None) -> list[str]:

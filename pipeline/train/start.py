@@ -12,7 +12,6 @@ from typing import Any
 from lightning_fabric import Fabric
 from pydantic import ValidationError
 
-from teacher_cache.pipeline.data.batches.joined_caches import JoinedCache, join_caches, require_same_crops
 from teacher_cache.pipeline.data.batches.pairs import describe_views, views_used
 from teacher_cache.pipeline.data.batches.student_images import StudentImages
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
@@ -40,6 +39,7 @@ from teacher_cache.storage.observe.logs import logger
 from teacher_cache.storage.observe.quantities import counted
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.rows import RowSet
+from teacher_cache.storage.read.several.joined_caches import JoinedCache, join_caches, require_same_crops
 from teacher_cache.storage.read.several.parts import named_manifest
 
 _WAY_OUT = (

@@ -331,6 +331,11 @@ def cache_argument(
     return click.argument(name, cls=Argument, described=described, shell_complete=complete_cache, **settings)
 
 
+others_argument = cache_argument(
+    "others", "Caches of other teachers to show beside it.", metavar="[OTHER]...", nargs=-1, required=False
+)
+
+
 def json_flag(function: _F) -> _F:
     """Add ``--json`` to a command."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(function)
@@ -370,6 +375,12 @@ def refuse_unused(names: tuple[str, ...], when: str) -> None:
 
 
 seed_option = option("--seed", "Seed of the random rows.", 0, least=0)
+unmatched_option = option(
+    "--unmatched",
+    "Images that another cache lacks, or lacks a caption of: refuse, or leave them out.",
+    "refuse",
+    type=click.Choice(["refuse", "drop"]),
+)
 view_option = option("--view", "View of the images; 0 is the evaluation crop.", 0, least=0)
 
 

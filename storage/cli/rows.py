@@ -14,9 +14,11 @@ from teacher_cache.storage.cli.app import (
     command,
     json_flag,
     option,
+    others_argument,
     print_result,
     refuse_unused,
     seed_option,
+    unmatched_option,
     view_option,
 )
 from teacher_cache.storage.cli.tables import Facts, Part, Table
@@ -25,28 +27,43 @@ from teacher_cache.storage.observe.quantities import counted
 
 if TYPE_CHECKING:
     from teacher_cache.storage.look.rows import CaptionRow, ImageRow, Neighbours, RowSample
+    from teacher_cache.storage.look.side_by_side import SideBySide
     from teacher_cache.storage.look.stats import CacheStats, Distribution
 
 _QUANTILES = ("1 %", "50 %", "99 %")
+_COSINES = ("cosine: true", "random", "two images", "two captions")
+_RANKS = ("rank: images", "captions")
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 @command("stats", example="stats caches/coco.cache --split test")
 @cache_argument()
+@others_argument
 @option("--split", "Split to read. Default: all.")
 @view_option
 @option("--rows", "Maximum number of images to read, with their captions. More are sampled.", 20_000, least=2)
 @option("--near", "Minimum cosine of near-duplicates.", 0.99, type=click.FloatRange(0, 1), metavar="X")
+@unmatched_option
 @seed_option
 @json_flag
-def stats(cache: str, split: str | None, view: int, rows: int, near: float, seed: int, as_json: bool) -> None:
+def stats(cache: str, others: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Compare true pairs of image and caption with random pairs."""
+    from teacher_cache.storage.look.side_by_side import stats_side_by_side
     from teacher_cache.storage.look.stats import cache_stats
     from teacher_cache.storage.observe.progress import StageProgress
 
+    split, rows, near, seed = (options[name] for name in ("split", "rows", "near", "seed"))
     with StageProgress() as progress:
-        result = cache_stats(cache, split, view, rows, near, seed, progress)
-    print_result(result, as_json, _stats_parts)
+        if not others:
+            refuse_unused(("unmatched",), "on one cache")
+            result = cache_stats(cache, split, options["view"], rows, near, seed, progress)
+            show = partial(print_result, result, as_json, _stats_parts)
+        else:
+            refuse_unused(("view",), "on several caches, of which view 0 is read")
+            drop = options["unmatched"] == "drop"
+            beside = stats_side_by_side((cache, *others), split, rows, near, seed, drop, progress)
+            show = partial(print_result, beside, as_json, _side_by_side_parts)
+    show()
 
 
 @command("look", example="look caches/coco.cache 17")
@@ -139,6 +156,29 @@ def _stats_parts(result: CacheStats) -> Iterator[Part]:
     yield f"{result.location}{part}: {rows}"
     yield _distributions(result)
     yield Facts(_facts(result))
+
+
+def _side_by_side_parts(result: SideBySide) -> Iterator[Part]:
+    first = result.caches[0]
+    part = f", split {first.split}" if first.split is not None else ""
+    drawn = f", {first.image.rows_read:,} of them drawn with seed {first.seed}" if first.sampled else ""
+    yield f"{first.location}{part}: {counted(result.images, 'image')} that all caches have{drawn}"
+    if result.dropped_images:
+        yield f"left out: {counted(result.dropped_images, 'image')} that a cache lacks, or lacks a caption of"
+    table = Table(columns=("cache", "true above random", *_COSINES, *_RANKS, "near-duplicates"))
+    for one in result.caches:
+        cosines = (one.true_pairs, one.random_pairs, one.image.cosine, one.text.cosine)
+        ranks = (one.image.effective_rank, one.text.effective_rank)
+        table.add_row(
+            one.location,
+            "-" if one.separation is None else f"{100 * one.separation:.2f} %",
+            *("-" if values is None else f"{values.mean:.3f}" for values in cosines),
+            *("-" if rank is None else f"{rank:.1f}" for rank in ranks),
+            f"{one.near_images:,}",
+        )
+    yield table
+    caches = [word for one in result.caches for word in ("--cache", one.location)]
+    yield Facts({"recall": command_line("evaluate", *caches, split=first.split)})
 
 
 def _distributions(result: CacheStats) -> Table:

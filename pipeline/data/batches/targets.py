@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import tee
 from typing import Any, Protocol
 
@@ -13,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teacher_cache.pipeline.data.batches.joined_caches import JoinedCache
 from teacher_cache.pipeline.data.batches.pairs import Pairs
 from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.read.several.joined_caches import JoinedCache
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,10 @@ class JoinedTeachers:
     def targets(self, batches: Iterable[Pairs]) -> Generator[TeacherTargets]:
         """Yield the targets of each batch, in order; see :class:`CachedTeacher`."""
         first, *others = tee(batches, len(self._sources))
-        shares = [first, *(map(cache.rows, pairs) for cache, pairs in zip(self._joined, others, strict=True))]
+        shares = [
+            first,
+            *(map(partial(_rows_in, cache), pairs) for cache, pairs in zip(self._joined, others, strict=True)),
+        ]
         with ExitStack() as open_sources:
             streams = [
                 open_sources.enter_context(closing(source.targets(share)))
@@ -101,6 +105,12 @@ class JoinedTeachers:
                 yield TeacherTargets(
                     *(_side_by_side([getattr(targets, tower) for targets in by_teacher]) for tower in ("image", "text"))
                 )
+
+
+def _rows_in(cache: JoinedCache, pairs: Pairs) -> Pairs:
+    """Return the rows in another cache of a batch of the first one, which must all be there."""
+    images, captions = cache.images[pairs.image_rows], cache.captions[pairs.caption_rows]
+    return Pairs(images.astype(np.int64), captions.astype(np.int64), pairs.views)
 
 
 def _side_by_side(rows: list[Tensor]) -> Tensor:

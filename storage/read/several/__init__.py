@@ -1,1 +1,1 @@
-"""Several caches of one teacher, read as one."""
+"""Several caches, read as one: parts of a dataset by one teacher, or several teachers over the same images."""

@@ -24,6 +24,7 @@ from teacher_cache.pipeline.evaluate.sampled import rank_rows
 from teacher_cache.pipeline.precompute.run import precompute
 from teacher_cache.pipeline.report.collect import collect_report
 from teacher_cache.pipeline.report.data import ReportData, RetrievedPair
+from teacher_cache.pipeline.report.page import render_report
 from teacher_cache.pipeline.report.pairs import retrieved_pairs
 from teacher_cache.pipeline.report.row_map import place_rows
 from teacher_cache.pipeline.report.thumbnails import collect_pictures
@@ -120,6 +121,24 @@ assert found.pairs_of == 35 and len(found.row_map.points) == 20
     command = [sys.executable, "-c", code, str(known_cache)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_several_teachers_are_on_the_page_with_the_recall_of_each(tmp_path: Path) -> None:
+    """As a report of each by itself has it, where both have all pictures."""
+    caches = [make(tmp_path / "a", BASE), make(tmp_path / "b", BASE[::-1], tilt=0.6, dim=16)]
+    both = collect_report(caches[0], others=caches[1:])
+    alone = [collect_report(cache, whole=False) for cache in caches]
+    assert [one.recall for one in both.teachers] == [report.recall for report in alone]
+    ranks = [report.stats.image.effective_rank for report in alone if report.stats is not None]
+    assert [one.image_rank for one in both.teachers] == pytest.approx(ranks)
+    page = render_report(both)
+    assert "Several teachers, on the same images and captions" in page
+    assert caches[1] in page
+    lacking = make(tmp_path / "c", BASE[:10], tilt=0.6)
+    with pytest.raises(UsageError, match="2 have no embedding in it"):
+        collect_report(caches[0], others=[lacking])
+    dropped = collect_report(caches[0], others=[lacking], unmatched="drop", whole=False)
+    assert any("without 2 images that a cache lacks" in note for note in dropped.notes)
 
 
 def test_a_split_is_all_that_statistics_map_and_pairs_are_of(photos: Path) -> None:

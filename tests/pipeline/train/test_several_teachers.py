@@ -18,7 +18,6 @@ from click.testing import CliRunner
 
 from teacher_cache.pipeline.cli.app import app
 from teacher_cache.pipeline.cli.train import _lines
-from teacher_cache.pipeline.data.batches.joined_caches import join_caches, require_same_crops
 from teacher_cache.pipeline.data.batches.pairs import PairOrder
 from teacher_cache.pipeline.data.batches.targets import CachedTeacher, JoinedTeachers
 from teacher_cache.pipeline.data.datasets.samples import ImageSource
@@ -35,6 +34,7 @@ from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.pipeline.train.loop import TrainResult, train
 from teacher_cache.storage.errors import CacheIncompleteError, CacheMismatchError, UsageError
 from teacher_cache.storage.read.reader import EmbeddingReader
+from teacher_cache.storage.read.several.joined_caches import join_caches, require_same_crops
 from tests import train_process
 from tests.conftest import DRAWN, cache_digest, make_known_cache, make_model_folder, plan_known_cache
 from tests.pipeline.train.live_targets import LiveTeacherSource

@@ -18,9 +18,10 @@ from teacher_cache.storage.format.commits import ChunkRef
 from teacher_cache.storage.look import nearest as nearest_module
 from teacher_cache.storage.look.nearest import near_pairs, nearest, unit_rows
 from teacher_cache.storage.look.sampling import draw_rows
+from teacher_cache.storage.look.side_by_side import stats_side_by_side
 from teacher_cache.storage.look.stats import Distribution, cache_stats, effective_rank
 from teacher_cache.storage.read.reader import EmbeddingReader
-from tests.conftest import finish_known_cache, known_row, make_known_cache, plan_known_cache
+from tests.conftest import cache_digest, finish_known_cache, known_row, make_known_cache, plan_known_cache
 from tests.storage.look.test_diff import BASE, make
 
 run = CliRunner()
@@ -260,3 +261,46 @@ def test_distributions_that_are_compared_have_the_same_bins(
     assert found.histogram_ends == ends
     assert {place: count for place, count in enumerate(found.histogram) if count} == filled
     assert (found.least, found.greatest) == (min(values), max(values))
+
+
+@pytest.fixture
+def unlike(tmp_path: Path) -> tuple[str, str]:
+    """A cache, and a wider teacher's of its pictures but the last two, in the other order; the first is quarantined."""
+    return make(tmp_path / "a", BASE), make(tmp_path / "b", BASE[:10][::-1], tilt=0.3, dim=16, lost=(9,))
+
+
+def test_several_teachers_are_looked_at_on_the_same_pictures(unlike: tuple[str, str], tmp_path: Path) -> None:
+    """As a cache of these pictures alone says it: 9 of 12, of which the other cache has an embedding."""
+    cut = BASE[1:10]
+    digests = [cache_digest(cache) for cache in unlike]
+    result = stats_side_by_side(unlike, drop=True)
+    assert (result.images, result.dropped_images) == (9, 3)
+    for beside, alone in zip(
+        result.caches, (make(tmp_path / "c", cut), make(tmp_path / "d", cut, 0.3, 16)), strict=True
+    ):
+        same = cache_stats(alone)
+        assert same.true_pairs is not None
+        assert beside.true_pairs is not None
+        assert beside.true_pairs.mean == pytest.approx(same.true_pairs.mean)
+        assert beside.separation == pytest.approx(same.separation)
+        for tower in ("image", "text"):
+            of_both = [getattr(stats, tower).effective_rank for stats in (beside, same)]
+            assert of_both[0] == pytest.approx(of_both[1])
+    assert digests == [cache_digest(cache) for cache in unlike]
+
+
+def test_pictures_that_a_cache_lacks_are_refused_by_name_or_left_out_and_counted(unlike: tuple[str, str]) -> None:
+    refused = str(run.invoke(app, ["stats", *unlike]).exception)
+    assert "of the 12 images of" in refused
+    assert "3 have no embedding in it" in refused
+    assert "--unmatched drop" in refused
+    shown = run.invoke(app, ["stats", *unlike, "--unmatched", "drop", "--rows", "5", "--seed", "2"]).stdout
+    assert "9 images that all caches have, 5 of them drawn with seed 2" in shown
+    assert "left out: 3 images that a cache lacks" in shown
+    assert f"evaluate--cache{unlike[0]}--cache{unlike[1]}" in "".join(shown.split())
+    for words, told in (
+        ([unlike[0], unlike[0]], "are one and the same cache"),
+        ([*unlike, "--view", "1"], "--view has no effect on several caches"),
+        ([unlike[0], "--unmatched", "drop"], "--unmatched has no effect on one cache"),
+    ):
+        assert told in str(run.invoke(app, ["stats", *words]).exception)

@@ -1,4 +1,4 @@
-"""Caches of several teachers over the same images and captions, joined by content to the first one. No torch."""
+"""Caches of several teachers over the same images and captions, joined by content to the first one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.pipeline.data.batches.pairs import Pairs
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from teacher_cache.storage.format.tables import CAPTIONS, SAMPLES
 from teacher_cache.storage.observe.logs import command_line
@@ -30,11 +29,6 @@ class JoinedCache:
     reader: EmbeddingReader
     images: NDArray[Any]
     captions: NDArray[Any]
-
-    def rows(self, pairs: Pairs) -> Pairs:
-        """Return the rows here of a batch of the first cache; all its images and captions must be here."""
-        images, captions = self.images[pairs.image_rows], self.captions[pairs.caption_rows]
-        return Pairs(images.astype(np.int64), captions.astype(np.int64), pairs.views)
 
 
 def join_caches(
