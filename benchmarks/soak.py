@@ -241,7 +241,7 @@ class Soak:
 
     def run(self, words: list[str], fault: str | None = None) -> tuple[int, str]:
         """Run it to its end, with a fault at a random moment. Exit code and stdout."""
-        name = " ".join(words[:2])
+        name = " ".join(words[:2]) if words[0] == "students" else words[0]
         began = time.monotonic()
         process, log = self.start(words)
         self.result.commands += 1
@@ -480,6 +480,8 @@ class Soak:
 
 def inside(work: Path, minutes: float, seed: int) -> int:
     """Run it in the new namespaces: this process is the first of them."""
+    # a shell that starts it in the background has SIGINT ignored, which its commands would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("disk", "tmp", "shm"):
         (work / name).mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(work / "disk")], check=True)
