@@ -104,8 +104,8 @@ def _pixels(config: PixelsConfig, as_json: bool) -> None:
 @json_flag
 def _cost(config: CostConfig, as_json: bool) -> None:
     """Measure parameters, size, FLOPs, latency, images/s and peak memory of a student and its teacher, in turns."""
-    from teacher_cache.pipeline.cli.cost_table import cost_table
     from teacher_cache.pipeline.evaluate.cost.measure import cost
+    from teacher_cache.pipeline.evaluate.cost.table import cost_table
 
     with StageProgress() as progress:
         result = cost(config, progress)

@@ -87,9 +87,8 @@ class CachedRows:
         if not len(matched):
             return known, {}
         old = self._old[ref.tower][rows.start : rows.stop]
-        old_rows, back = np.unique(old[matched], return_inverse=True)
         arrays = {
-            name: stored_rows(self._reader, ref.tower, old_rows, ref.view, name)[back] for name in ARRAYS[ref.tower]
+            name: stored_rows(self._reader, ref.tower, old[matched], ref.view, name) for name in ARRAYS[ref.tower]
         }
         finite = ~np.isnan(arrays["embedding"]).any(axis=1)
         known[matched[finite]] = True

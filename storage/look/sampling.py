@@ -71,10 +71,10 @@ def stored_rows(
     array: str = "embedding",
     progress: Callable[[int, int], None] = _ignore,
 ) -> NDArray[Any]:
-    """Read rows of one array; quarantined rows are NaN.
+    """Read rows of one array, each chunk once; quarantined rows are NaN.
 
     Args:
-        rows: ascending.
+        rows: (n,) in any order.
         progress: called with (chunks read, chunks in all).
 
     Raises:
@@ -82,14 +82,16 @@ def stored_rows(
     """
     places = reader.parts.places(tower)
     at = places.at(rows, np.array(view))
-    parts, chunks = [], list(places.by_chunk(at))
-    for number, (ref, positions) in enumerate(chunks):
-        parts.append(reader.chunk(ref, array)[at[positions] % places.chunk_rows])
-        progress(number + 1, len(chunks))
-    if parts:
-        return np.concatenate(parts)
+    chunks = list(places.by_chunk(at))
     layout = reader.manifest.layout
-    return np.empty((0, layout.embed_dim) if array == "embedding" else (0,), np.float32)
+    stored = np.empty((0, layout.embed_dim) if array == "embedding" else (0,), np.float32)
+    for number, (ref, positions) in enumerate(chunks):
+        values = reader.chunk(ref, array)[at[positions] % places.chunk_rows]
+        if not number:
+            stored = np.empty((len(rows), *values.shape[1:]), values.dtype)
+        stored[positions] = values
+        progress(number + 1, len(chunks))
+    return stored
 
 
 def row_blocks(

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from teacher_cache.storage.format.layout import Tower
-from teacher_cache.storage.look.sampling import Progress, draw_rows, stage, stored_rows
-from teacher_cache.storage.look.stats import CacheStats, DrawnRows, stats_of
+from teacher_cache.storage.look.sampling import Progress, draw_rows
+from teacher_cache.storage.look.stats import MEMORY_BYTES, CacheStats, DrawnRows, stats_of, stored_arrays
 from teacher_cache.storage.read.reader import EmbeddingReader
 from teacher_cache.storage.read.several.joined_caches import join_caches
-
-_MEMORY_BYTES = 64 << 20  # of each cache: each chunk is read once
 
 
 class SideBySide(BaseModel, frozen=True):
@@ -53,7 +48,7 @@ def read_side_by_side(
         UsageError: no such split; two caches are the same; or one lacks an image or a caption.
         CacheError: as ``EmbeddingReader`` raises it.
     """
-    readers = [EmbeddingReader(location, memory_bytes=_MEMORY_BYTES) for location in locations]
+    readers = [EmbeddingReader(location, memory_bytes=MEMORY_BYTES) for location in locations]
     first = readers[0]
     common = first.row_set(split)
     asked = len(common)
@@ -75,10 +70,7 @@ def read_side_by_side(
             image_rows=image_rows,
             caption_rows=caption_rows,
             text_image=text_image,
-            images=_rows(reader, "image", image_rows, "embedding", progress),
-            image_norms=_rows(reader, "image", image_rows, "norm"),
-            texts=_rows(reader, "text", caption_rows, "embedding", progress),
-            text_norms=_rows(reader, "text", caption_rows, "norm"),
+            **stored_arrays(reader, image_rows, caption_rows, progress=progress),
         )
         for reader, (all_rows, image_rows, caption_rows) in zip(readers, places, strict=True)
     ]
@@ -106,13 +98,3 @@ def stats_side_by_side(
     drawn, dropped = read_side_by_side(locations, split, most, seed, drop, progress)
     caches = tuple(stats_of(rows, near, progress) for rows in drawn)
     return SideBySide(images=len(drawn[0].every), dropped_images=dropped, caches=caches)
-
-
-def _rows(
-    reader: EmbeddingReader, tower: Tower, rows: NDArray[np.int64], array: str, progress: Progress | None = None
-) -> NDArray[np.floating]:
-    """Read rows in any order, each chunk once."""
-    order = np.argsort(rows, kind="stable")
-    name = "read images" if tower == "image" else "read captions"
-    values = stored_rows(reader, tower, np.asarray(rows[order], np.int64), array=array, progress=stage(progress, name))
-    return values[np.argsort(order)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -21,7 +22,7 @@ from teacher_cache.storage.read.reader import EmbeddingReader
 _QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 _BINS = 20
 _PAIRS_NAMED = 20
-_MEMORY_BYTES = 64 << 20  # each chunk is read once
+MEMORY_BYTES = 64 << 20  # each chunk is read once
 _DEAD = 0.01  # of the median dimension's standard deviation
 
 _Floats = NDArray[np.float32]
@@ -157,7 +158,7 @@ class DrawnRows:
 
     Attributes:
         every: (n,) rows of all images to draw from, ascending.
-        image_rows: (images,) rows that were drawn, ascending.
+        image_rows: (images,) rows that were drawn, ascending; of another teacher's cache in the order of the first.
         caption_rows: (captions,) rows of all their captions.
         text_image: (captions,) position of each caption's image in ``image_rows``.
         images, image_norms, texts, text_norms: stored rows and norms.
@@ -216,7 +217,7 @@ def read_drawn(
         UsageError: no such split or view.
         CacheError: as ``EmbeddingReader`` raises it.
     """
-    reader = EmbeddingReader(location, memory_bytes=_MEMORY_BYTES)
+    reader = EmbeddingReader(location, memory_bytes=MEMORY_BYTES)
     require_view(reader, view)
     usable = reader.image_rows(split)
     # quarantined rows are drawn too, so that they are counted
@@ -236,11 +237,20 @@ def read_drawn(
         image_rows=rows,
         caption_rows=caption_rows,
         text_image=text_image,
-        images=stored_rows(reader, "image", rows, view, progress=stage(progress, "read images")),
-        image_norms=stored_rows(reader, "image", rows, view, "norm"),
-        texts=stored_rows(reader, "text", caption_rows, progress=stage(progress, "read captions")),
-        text_norms=stored_rows(reader, "text", caption_rows, 0, "norm"),
+        **stored_arrays(reader, rows, caption_rows, view, progress),
     )
+
+
+def stored_arrays(
+    reader: EmbeddingReader, image_rows: _Rows, caption_rows: _Rows, view: int = 0, progress: Progress | None = None
+) -> dict[str, NDArray[Any]]:
+    """Read the rows and norms of both towers: the arrays of :class:`DrawnRows`, by field."""
+    return {
+        "images": stored_rows(reader, "image", image_rows, view, progress=stage(progress, "read images")),
+        "image_norms": stored_rows(reader, "image", image_rows, view, "norm"),
+        "texts": stored_rows(reader, "text", caption_rows, progress=stage(progress, "read captions")),
+        "text_norms": stored_rows(reader, "text", caption_rows, 0, "norm"),
+    }
 
 
 def cache_stats(

@@ -71,7 +71,7 @@ class Twins(BaseModel, frozen=True):
     near: int = Field(description="Number of pairs that reach the minimum cosine: the 16 nearest of each other image.")
     unread: int = Field(description="Number of other images that were not compared: a picture cannot be read.")
     unread_first: str | None = Field(None, description="Reason for the first of them.")
-    cut: int = Field(description="Number of other images that may have more twins than those of its 16 nearest images.")
+    cut: int = Field(description="Number of other images that may have more twins: only the nearest 16 are compared.")
     twins: tuple[Twin, ...] = Field(description="The twins, by row of the image to learn from.")
     seconds: float
 

@@ -17,7 +17,6 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from teacher_cache.pipeline.cli.app import app
-from teacher_cache.pipeline.cli.cost_table import cost_table
 from teacher_cache.pipeline.evaluate.cost.measure import cost, measure_cost
 from teacher_cache.pipeline.evaluate.cost.peak_memory import ProbeRequest, measure_peak_memory
 from teacher_cache.pipeline.evaluate.cost.results import (
@@ -28,6 +27,7 @@ from teacher_cache.pipeline.evaluate.cost.results import (
     TowerFlops,
     captions,
 )
+from teacher_cache.pipeline.evaluate.cost.table import cost_table
 from teacher_cache.pipeline.evaluate.cost.torch_models import load_student_model, load_teacher_model
 from teacher_cache.pipeline.settings.evaluate import CostConfig
 from teacher_cache.pipeline.settings.run_file import load_config

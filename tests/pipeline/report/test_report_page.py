@@ -19,6 +19,7 @@ import pytest
 
 from teacher_cache.pipeline.evaluate.recall import mean_recall
 from teacher_cache.pipeline.evaluate.sampled import SampledRecall
+from teacher_cache.pipeline.evaluate.several_teachers import OtherTeacher
 from teacher_cache.pipeline.report.chart import PALETTES
 from teacher_cache.pipeline.report.charts import all_charts, main_chart, main_chart_png
 from teacher_cache.pipeline.report.collect import collect_report
@@ -378,6 +379,22 @@ def test_each_tower_that_was_measured_by_itself_has_a_row() -> None:
             assert row[1:3] == [f"{tower.retention['mean']:.1f} %", f"{mean_recall(tower.recall):.1f}"]
             assert row[3] == f"{tower.recall['i2t']['R@1']:.1f}"
     assert len([row for row in rows if "by itself" in row[0]]) == 2 * len(data.runs) > 0
+
+
+def test_further_teachers_and_all_together_have_a_row_once() -> None:
+    """Of two runs that were measured on the same caches, too."""
+    data = report_data()
+    first = data.runs[0].evaluations[0]
+    other = OtherTeacher(
+        teacher_name="b", cache="b.cache", cache_manifest_digest="2" * 64, recall=first.student or first.teacher
+    )
+    more = {"other_teachers": (other,), "together": first.teacher}
+    run = data.runs[0].model_copy(update={"evaluations": (first.model_copy(update=more),)})
+    rows = dict(_evaluations(data.model_copy(update={"runs": (run, run)})))["test: 8 images, 24 captions"]
+    assert [row[0] for row in rows[:3]] == ["teacher", "teacher of b.cache", "all teachers together"]
+    assert rows[1][2] == f"{mean_recall(other.recall):.1f}"
+    assert rows[2][2] == f"{mean_recall(first.teacher):.1f}"
+    assert len([row for row in rows if row[0] in ("teacher of b.cache", "all teachers together")]) == 2
 
 
 def test_an_unfinished_cache_has_a_page_that_says_what_to_run() -> None:
