@@ -83,7 +83,7 @@ STORE = ("store away", "bad network")
 SAYS = {
     "SIGTERM": "stopped",
     "Ctrl-C": "stopped",
-    "disk full": "No space left|disk",
+    "disk full": "No space left|disk is full",
     "file too large": "File too large",
     "store away": "tries failed",
 }
@@ -312,7 +312,9 @@ class Soak:
     def _judge(self, name: str, fault: str | None, code: int, err: str) -> None:
         """No traceback; a command that a fault ended says why."""
         last = (err.strip().splitlines() or [""])[-1]
-        if "Traceback" in err or code not in (0, 1, -signal.SIGKILL):
+        # a signal that comes after the answer, while Python ends, has its usual effect
+        late = {"SIGTERM": -signal.SIGTERM, "Ctrl-C": -signal.SIGINT}.get(fault or "", 0)
+        if "Traceback" in err or code not in (0, 1, late, -signal.SIGKILL):
             self.result.fail(f"{name} after {fault}: exit code {code} and\n{err[-4000:]}")
         if code == 1:
             self.result.refusals[f"{fault}: {without_numbers(last)}"] += 1
@@ -373,7 +375,7 @@ class Soak:
 
     def retrain_on_s3(self) -> None:
         words = ("students", "retrain", str(self.work / "home-s3.toml"), "--json")
-        self.insist(*words, faults=(*KILLS, *SIGNALS, *DISK, *STORE, *STORE))
+        self.insist(*words, faults=(*KILLS, *SIGNALS, *DISK, *STORE * 4))
 
     def parts(self) -> None:
         self.number += 1
