@@ -58,6 +58,12 @@ class UsageError(ValueError):
     """A setting, name or path from the caller cannot be used; the command line exits 2."""
 
 
+def name_file(error: OSError, path: object) -> None:
+    """Add a file's name to an error of the operating system without one, such as ENOSPC. Others say all themselves."""
+    if error.errno is not None and not error.filename:
+        error.filename = str(path)
+
+
 # modules of each extra in pyproject.toml
 _EXTRAS = {
     "train": "torch torchvision open_clip timm PIL safetensors lightning_fabric tensorboard faiss scipy",

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from teacher_cache.storage.errors import name_file
 from teacher_cache.storage.files.processes import this_process
 from teacher_cache.storage.files.protocol import CacheFiles, ObjectStat
 from teacher_cache.storage.files.transient import read_error
@@ -37,8 +38,7 @@ class LocalFiles(CacheFiles):
         try:
             return path.read_bytes()
         except OSError as error:
-            if error.filename is None:  # EIO of a failing disk carries no file name
-                error.filename = str(path)
+            name_file(error, path)
             raise
 
     def write(self, key: str, data: bytes) -> None:
@@ -116,7 +116,7 @@ class LocalFiles(CacheFiles):
                 os.fsync(file.fileno())
             yield partial
         except OSError as error:
-            error.filename = error.filename or str(target)  # ENOSPC carries no file name
+            name_file(error, target)
             raise
         finally:
             partial.unlink(missing_ok=True)

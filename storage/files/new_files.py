@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from teacher_cache.storage.errors import CacheAccessError, UsageError
+from teacher_cache.storage.errors import CacheAccessError, UsageError, name_file
 from teacher_cache.storage.files.local import make_folder, sync
 from teacher_cache.storage.files.processes import this_process
 
@@ -69,7 +69,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         partial.rename(out)
         sync(out.parent)
     except OSError as error:
-        error.filename = error.filename or str(out)  # ENOSPC carries no file name
+        name_file(error, out)
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

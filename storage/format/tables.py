@@ -12,7 +12,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from teacher_cache.storage.errors import CacheCorruptError
+from teacher_cache.storage.errors import CacheCorruptError, name_file
 from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.location import in_parallel
 from teacher_cache.storage.files.protocol import CacheFiles
@@ -179,7 +179,7 @@ def named_errors(files: CacheFiles, key: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or f"{files.location}/{key}"
+        name_file(error, f"{files.location}/{key}")
         raise
 
 

@@ -7,6 +7,7 @@ from multiprocessing import forkserver
 from typing import Any
 
 _MODULES = (
+    "teacher_cache.pipeline.data.service.quiet_start",
     "teacher_cache.pipeline.data.service.worker",
     "teacher_cache.pipeline.data.datasets.samples",
     "teacher_cache.pipeline.data.images.views",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.errors import CacheUnreachableError, UsageError
 from teacher_cache.storage.files import new_files as module
 from teacher_cache.storage.files.new_files import new_folder
 from teacher_cache.storage.files.processes import this_process
@@ -44,3 +44,10 @@ def test_a_full_disk_is_an_error_that_names_the_folder_and_leaves_nothing(tmp_pa
         (tmp_path / "full").write_bytes(b"x")
     assert full.value.filename == str(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_an_error_that_says_all_itself_is_left_as_it_is(tmp_path: Path) -> None:
+    message = "s3://caches/a.cache: cannot read samples/000000.parquet; 6 tries failed"
+    with pytest.raises(CacheUnreachableError) as error, new_folder(tmp_path / "out"):
+        raise CacheUnreachableError(message)
+    assert str(error.value) == message

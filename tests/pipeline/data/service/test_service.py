@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -196,6 +197,22 @@ def test_items_that_cannot_be_sent_end_their_ticket_alone(tmp_path: Path, slots:
 def test_a_worker_that_cannot_start_is_told_at_once(tmp_path: Path, slots: Slots) -> None:
     with pytest.raises(OSError, match="a decoding process ended at its start, exit code 1"):
         DecodeProcesses(CannotStart(tmp_path / "log"), slots, 2)
+
+
+@pytest.mark.parametrize("sent", [b"", pickle.dumps(list(range(1000)))[:100]], ids=["nothing", "half"])
+def test_a_worker_whose_parent_stopped_at_its_start_shows_no_traceback(sent: bytes) -> None:
+    script = f"""
+import os
+from multiprocessing import connection, forkserver
+from teacher_cache.pipeline.data.service.fork_server import start_fork_server
+start_fork_server()
+ended, start = forkserver.connect_to_new_process([])
+os.write(start, {sent!r})
+os.close(start)
+connection.wait([ended])
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
 
 
 def test_closing_ends_workers_and_waiting_tickets(tmp_path: Path, slots: Slots) -> None:
