@@ -8,6 +8,7 @@ Needs ``pip install teacher-cache[runtime]``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -252,6 +253,8 @@ class StudentRuntime:
         options.log_severity_level = 3  # errors only: warnings are about its optimiser
         # idle threads spin during a run, not after it, when other programs need the cores
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # a graph could name files of the working folder as its weights: nothing is below os.devnull
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         session = self._engine.InferenceSession(data, options, providers=["CPUExecutionProvider"])

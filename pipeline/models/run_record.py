@@ -20,7 +20,7 @@ _MAY_DIFFER = {"cache", "out", "image_root", "pixels", "device", "workers", "che
 _MAY_DIFFER |= {"other_caches", "rank_timeout_seconds", "report_to", "exclude"}
 
 # a record of somebody else must not name a folder outside: a training removes old checkpoints
-_CHECKPOINT = r"^checkpoints/[\w-]+$"
+CHECKPOINT_NAME = r"^checkpoints/[\w-]+$"
 # beside CHECKPOINT_CONFIG in a checkpoint; both names are open_clip's
 CHECKPOINT_WEIGHTS = "open_clip_model.safetensors"
 
@@ -53,7 +53,7 @@ class BestRecord(BaseModel, frozen=True):
     epoch: int
     split: str = Field(description="Split that it was chosen on. Its score there is no test result.")
     mean_recall: float
-    checkpoint: str = Field(pattern=_CHECKPOINT, description="Folder of the checkpoint, relative to the run.")
+    checkpoint: str = Field(pattern=CHECKPOINT_NAME, description="Folder of the checkpoint, relative to the run.")
 
 
 class AveragedRun(BaseModel, frozen=True):
@@ -131,7 +131,7 @@ class RunRecord(BaseModel):
     seconds: float = Field(0.0, description="Seconds of the finished epochs.")
     epochs: tuple[EpochRecord, ...] = Field((), description="Finished epochs.")
     checkpoint: str | None = Field(
-        None, pattern=_CHECKPOINT, description="Folder of the newest checkpoint, relative to the run."
+        None, pattern=CHECKPOINT_NAME, description="Folder of the newest checkpoint, relative to the run."
     )
     best: BestRecord | None = Field(None, description="Best epoch on config.select_split.")
     resumed_at: tuple[int, ...] = Field((), description="Steps after which another process went on.")

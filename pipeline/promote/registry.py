@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from teacher_cache.pipeline.evaluate.intervals import Interval
 from teacher_cache.pipeline.evaluate.learned import learned_words
+from teacher_cache.pipeline.models.run_record import CHECKPOINT_NAME
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.files.location import open_files
 from teacher_cache.storage.observe.quantities import counted
@@ -53,7 +54,7 @@ class Candidate(BaseModel, frozen=True):
     number: int = Field(ge=1)
     date: str = Field(description="Date and time, UTC.")
     run: str = Field(description="Absolute folder of the training run.")
-    checkpoint: str = Field(description="Folder of the checkpoint, relative to the run.")
+    checkpoint: str = Field(pattern=CHECKPOINT_NAME, description="Folder of the checkpoint, relative to the run.")
     weights_sha256: str = Field(description="SHA-256 of the checkpoint's weights.")
     deployed: str | None = Field(description="Folder that deploy made of the student.")
     student: str

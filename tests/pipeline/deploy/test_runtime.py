@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+import onnx
 import open_clip
 import pytest
 import torch
@@ -325,3 +327,25 @@ def test_a_record_names_files_of_its_own_folder_alone(tiny_deployment: Path, tmp
     (tmp_path / "deploy.json").write_text(json.dumps(fields))
     with pytest.raises(UsageError, match=r"weights\.file"):
         StudentRuntime(tmp_path)
+
+
+@pytest.mark.parametrize("location", ["/{outside}/secret", "../secret", "secret"])
+def test_a_graph_takes_no_numbers_from_other_files(
+    tiny_deployment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    """The graph is given as bytes, digest right: files of the user never become weights, wherever the process runs."""
+    folder = shutil.copytree(tiny_deployment, tmp_path / "copy")
+    graph = onnx.load(folder / "image.onnx")
+    tensor = max(graph.graph.initializer, key=lambda one: len(one.raw_data))
+    for place in (tmp_path, folder):
+        (place / "secret").write_bytes(tensor.raw_data)
+    onnx.external_data_helper.set_external_data(tensor, location.format(outside=str(tmp_path).lstrip("/")))
+    tensor.ClearField("raw_data")
+    data = graph.SerializeToString()
+    (folder / "image.onnx").write_bytes(data)
+    fields = json.loads((folder / "deploy.json").read_text())
+    fields["towers"]["fp32"]["image"] |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (folder / "deploy.json").write_text(json.dumps(fields))
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match="cannot load the image tower"):
+        StudentRuntime(folder).embed_images([Image.new("RGB", (9, 9))])

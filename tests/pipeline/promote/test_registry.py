@@ -76,6 +76,16 @@ def test_a_registry_on_an_object_store(s3_location: str) -> None:
     assert [each.number for each in registry.candidates()] == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["../../b/checkpoints/epoch-0001", "/etc", "checkpoints/..", "checkpoints/a/b", ""])
+def test_a_registry_names_checkpoints_of_its_runs_alone(tmp_path: Path, name: str) -> None:
+    registry = StudentRegistry(str(tmp_path))
+    registry.promote(added(registry, 1)[0], None, "gate")
+    (key,) = (tmp_path / "candidates").iterdir()
+    key.write_text(json.dumps(json.loads(key.read_text()) | {"checkpoint": name}))
+    with pytest.raises(UsageError, match=r"candidates/000001\.json: .*\ncheckpoint\n"):
+        registry.champion()
+
+
 def test_going_back_goes_back_through_what_reigned(tmp_path: Path) -> None:
     registry = StudentRegistry(str(tmp_path))
     one, two, three, four, _ = added(registry, 5)
