@@ -17,6 +17,7 @@ from teacher_cache.pipeline.settings.run_file import load_config
 from teacher_cache.pipeline.settings.train import TrainConfig
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.logs import LOG_FORMAT
+from tests.commands import run_command
 from tests.conftest import TINY_MODEL
 
 COMMAND = [sys.executable, "-m", "teacher_cache.pipeline.cli.app"]
@@ -36,6 +37,7 @@ def test_it_says_which_version_it_is(tmp_path: Path) -> None:
 def test_the_main_job_through_the_command_line(
     make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path
 ) -> None:
+    """``precompute``, ``verify`` and ``train`` start Python anew; those that follow are forked."""
     make_photos(30, "data")
     (tmp_path / "student.json").write_text(json.dumps(TINY_MODEL))
     (tmp_path / "run.toml").write_text(
@@ -64,7 +66,7 @@ split = "test"
     assert "images: 30 of 30" in done.stderr
     assert run("verify", "data.cache", cwd=tmp_path).stdout.startswith("data.cache: sound: 12 of 12 chunks sound")
 
-    teacher = run("evaluate", "--cache", "data.cache", "--split", "test", "--json", cwd=tmp_path)
+    teacher = run_command("evaluate", "--cache", "data.cache", "--split", "test", "--json", cwd=tmp_path)
     found = json.loads(teacher.stdout)
     assert (found["split"], found["images"], found["captions"]) == ("test", 6, 12)
     assert list(found["teacher"]) == ["i2t", "t2i"]
@@ -76,24 +78,24 @@ split = "test"
     trained = run("train", "run.toml", "--json", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["config"]["losses"] == {"feature": 1000.0, "contrastive": 1.0}
-    both = json.loads(run("evaluate", "--run", "runs/a", "--split", "test", "--json", cwd=tmp_path).stdout)
+    both = json.loads(run_command("evaluate", "--run", "runs/a", "--split", "test", "--json", cwd=tmp_path).stdout)
     assert both["teacher"] == found["teacher"]
     assert set(both["student"]["t2i"]) == {"R@1", "R@5", "R@10"}
     assert both["retention"]["mean"] > 0
-    shown = run("evaluate", "run.toml", "--run", "runs/a", cwd=tmp_path).stdout
+    shown = run_command("evaluate", "run.toml", "--run", "runs/a", cwd=tmp_path).stdout
     assert "retention %" in shown
 
     # the image bytes are still those of the plan, but a chunk is damaged: verify finds it, running again mends it
     chunk = tmp_path / "data.cache/targets.zarr/text/embedding/c/2/0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
-    bad = run("verify", "data.cache", "--json", cwd=tmp_path)
+    bad = run_command("verify", "data.cache", "--json", cwd=tmp_path)
     assert bad.returncode == 1
     assert [finding["key"] for finding in json.loads(bad.stdout)["findings"]] == ["targets.zarr/text/embedding/c/2/0"]
-    assert run("verify", "data.cache", cwd=tmp_path).stderr.endswith("next: teacher-cache repair data.cache\n")
-    refused = run("evaluate", "--cache", "data.cache", "--split", "test", cwd=tmp_path)
+    assert run_command("verify", "data.cache", cwd=tmp_path).stderr.endswith("next: teacher-cache repair data.cache\n")
+    refused = run_command("evaluate", "--cache", "data.cache", "--split", "test", cwd=tmp_path)
     assert (refused.returncode, "Traceback" in refused.stderr) == (0, False)  # that chunk holds no test caption
-    assert json.loads(run("precompute", "run.toml", "--json", cwd=tmp_path).stdout)["chunks_encoded"] == 1
-    assert run("verify", "data.cache", cwd=tmp_path).returncode == 0
+    assert json.loads(run_command("precompute", "run.toml", "--json", cwd=tmp_path).stdout)["chunks_encoded"] == 1
+    assert run_command("verify", "data.cache", cwd=tmp_path).returncode == 0
 
 
 def test_what_a_recipe_does_not_set_is_said(tmp_path: Path) -> None:

@@ -242,8 +242,8 @@ def test_one_wrong_row_is_refused_by_name_if_it_is_drawn(home: Home, tmp_path: P
     with pytest.raises(CacheMismatchError, match=r"1 of 20 image rows .*image row 11 \(0011.jpg\), .* row 11: -1.0000"):
         home.bring(folder, tmp_path / "c")
     # a sample that does not draw it finds nothing, and says what it has shown
-    seeds = [seed for seed in range(20) if _passes(home, folder, tmp_path / f"c{seed}", seed)]
-    assert 0 < len(seeds) < 20
+    seeds = [seed for seed in range(8) if _passes(home, folder, tmp_path / f"c{seed}", seed)]
+    assert 0 < len(seeds) < 8
 
 
 def _passes(home: Home, folder: Path, cache: Path, seed: int) -> bool:

@@ -17,6 +17,7 @@ from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.storage.check.verify import verify_cache
 from teacher_cache.storage.files.claim_records import CLAIMS
 from teacher_cache.storage.look.info import describe_cache
+from tests.commands import run_command
 from tests.conftest import cache_digest
 from tests.pipeline.precompute.conftest import as_command, settings
 from tests.pipeline.train.train_work import make_cache, make_student, trace
@@ -156,6 +157,14 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+def assert_finished_as_an_unbroken_run(photos: Path, teacher: Path, cache: Path, whole: Path) -> None:
+    """Run the same command again, and an unbroken one: the bytes are the same."""
+    for place in (cache, whole):
+        done = run_command(*command(photos, teacher, place)[3:])
+        assert done.returncode == 0, done.stderr
+    assert cache_digest(cache) == cache_digest(whole)
+
+
 def test_a_full_disk_is_named_and_more_room_lets_it_go_on(
     make_photos: MakePhotos, tiny_teacher: Path, tmp_path: Path, small_disk: Callable[[int], Path]
 ) -> None:
@@ -170,9 +179,7 @@ def test_a_full_disk_is_named_and_more_room_lets_it_go_on(
     assert_sound(disk / "c")
     assert 0 < describe_cache(str(disk / "c")).chunks_committed < 30
     small_disk(4000)
-    assert run(*command(photos, tiny_teacher, disk / "c")).returncode == 0
-    assert run(*command(photos, tiny_teacher, tmp_path / "whole")).returncode == 0
-    assert cache_digest(disk / "c") == cache_digest(tmp_path / "whole")
+    assert_finished_as_an_unbroken_run(photos, tiny_teacher, disk / "c", tmp_path / "whole")
 
 
 def test_a_missing_right_is_named_and_the_cache_stays_sound(
@@ -195,6 +202,4 @@ def test_a_missing_right_is_named_and_the_cache_stays_sound(
     assert last.endswith("of 9 chunks are committed. Run the same command again to go on."), done.stderr
     assert_sound(tmp_path / "c")
     locked.chmod(0o755)
-    assert run(*command(photos, tiny_teacher, tmp_path / "c")).returncode == 0
-    assert run(*command(photos, tiny_teacher, tmp_path / "whole")).returncode == 0
-    assert cache_digest(tmp_path / "c") == cache_digest(tmp_path / "whole")
+    assert_finished_as_an_unbroken_run(photos, tiny_teacher, tmp_path / "c", tmp_path / "whole")

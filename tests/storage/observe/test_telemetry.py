@@ -412,24 +412,13 @@ def test_a_gpu_in_use_is_told_of() -> None:
 
 
 def test_the_commands_log_json_alone_with_run_chunk_and_row(
-    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path
+    make_photos: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``precompute`` and ``train`` as commands: each line of stderr parses, and bad rows are named."""
-    environment = {**os.environ, RUN: "night-3", "OMP_NUM_THREADS": "1"}
-    environment.pop(METRICS_PORT, None)
+    monkeypatch.delenv(METRICS_PORT, raising=False)
 
     def run(*words: str) -> list[dict[str, Any]]:
-        command = [
-            sys.executable,
-            "-m",
-            "teacher_cache.pipeline.cli.app",
-            *words,
-            "--device",
-            "cpu",
-            "--log-format",
-            "json",
-        ]
-        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+        done = run_command(*words, "--device", "cpu", "--log-format", "json", env={RUN: "night-3"})
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stderr.splitlines()]
 
