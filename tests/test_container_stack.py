@@ -273,11 +273,38 @@ def test_a_database_that_restarts_under_a_run_costs_it_nothing(stack: Stack, pre
     stack.wait_for_newest_run("COMPLETED")
 
 
-def test_the_health_checks_tell_when_a_service_is_gone(stack: Stack, precomputed: str) -> None:
-    """Last, since it ends them: the worker's check fails without a worker, the server's without its database."""
+def test_the_workers_health_check_tells_when_it_is_gone(stack: Stack, precomputed: str) -> None:
     assert stack.healthy("worker")
-    assert stack.healthy("server")
     assert stack.started["worker"].stop() == 0
     assert not stack.healthy("worker")
+
+
+def test_the_pool_is_made_anew_as_the_readme_says(stack: Stack) -> None:
+    """Its lines as written, but for the port; the worker must be stopped, or it would make its own pool again."""
+    stack.started["worker"].stop()
+    block = re.findall(r"^  ```\n(.*?)^  ```$", (DOCKER / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (lines,) = (text.splitlines() for text in block if "work-pool create" in text)
+    setup = stack.services["setup"]
+    script = stack.place.here("\n".join(["set -e", *lines[:3]]))
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=PROJECT, env=stack.place.environment_of({}), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # the last two want Docker: setup is run as the fixture runs it, and prefect-docker's worker was tried by hand
+    assert [line.partition("   #")[0].strip() for line in lines[3:]] == [
+        "docker compose -f docker/compose.yaml run --rm setup",
+        "pip install prefect-docker && prefect worker start --pool local --type docker --limit 1",
+    ]
+    done = stack.place.run(setup, [stack.place.here(word) for word in setup["command"]])
+    assert done.returncode == 0, done.stdout + done.stderr
+    pools = "select w.name, w.type, count(d.id) from work_pool w join work_queue q on q.work_pool_id = w.id"
+    pools += " join deployment d on d.work_queue_id = q.id group by w.name, w.type"
+    deployments = len(re.findall(r"entrypoint: flows/", (PROJECT / "prefect.yaml").read_text()))
+    assert stack.query(pools) == [f"local|docker|{deployments}"]
+
+
+def test_the_servers_health_check_tells_when_its_database_is_gone(stack: Stack) -> None:
+    """Last, since it ends the database."""
+    assert stack.healthy("server")
     assert stack.started["postgres"].stop(signal.SIGINT) == 0
     assert not stack.healthy("server")
