@@ -44,6 +44,8 @@ def runtime_package(name: str, extra: str | None = "runtime") -> Any:
     try:
         return import_module(name)
     except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # a C++ module that was stopped while it was imported
+            raise KeyboardInterrupt from error
         raise UsageError(
             f"a deployed student needs a package that is not installed: {name} ({error}). "
             f"Install it: {install_line(name, extra)}"

@@ -279,6 +279,17 @@ def test_a_missing_package_is_named_with_its_remedy(
     assert clip_tokens.runtime_package("json") is json
 
 
+def test_a_package_that_is_stopped_while_it_is_imported_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pybind11 makes an ImportError of whatever ends the first lines of its module."""
+
+    def stopped(name: str) -> None:
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setattr(clip_tokens, "import_module", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        clip_tokens.runtime_package("onnxruntime")
+
+
 BLOCKED = ("torch", "torchvision", "open_clip", "timm", "transformers", "onnx", "faiss", "pyarrow", "zarr")
 
 _WITHOUT_TORCH = """
