@@ -144,11 +144,13 @@ class Classification:
         place: (images,) int64, number of classes that come before the true one: those with a higher score, or an equal
             score and a lower number. -1 for an image that was not classified.
         lost: reason by number of each image that was not classified.
+        margin: (images,) float32, score of the second class less that of the first; None unless there are two classes.
     """
 
     labels: NDArray[np.int64]
     place: NDArray[np.int64]
     lost: dict[int, str]
+    margin: NDArray[np.float32] | None = None
 
     def hits(self, rows: NDArray[np.int64], k: int = 1) -> NDArray[np.bool_]:
         """Return whether the true class is among the first ``k``: (rows,) bool, for intervals over images.
@@ -161,6 +163,9 @@ class Classification:
     def accuracies(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """Return ``top-1``, ``top-5`` and ``mean per class`` (of top-1, over classes with images), in percent.
 
+        Where there are two classes with images, also ``ROC AUC``: the share of pairs of an image of the second class
+        and one of the first in which the former has the higher margin; ties count half.
+
         Args:
             rows: numbers of classified images, as of :func:`common_rows`.
 
@@ -171,11 +176,21 @@ class Classification:
             raise ValueError("the accuracy over no images is not defined")
         first, labels = self.hits(rows), self.labels[rows]
         per_class = [first[labels == label].mean() for label in np.unique(labels)]
-        return {
+        accuracies = {
             "top-1": 100 * float(first.mean()),
             "top-5": 100 * float(self.hits(rows, 5).mean()),
             "mean per class": 100 * float(np.mean(per_class)),
         }
+        if self.margin is not None and len(per_class) == 2:
+            accuracies["ROC AUC"] = 100 * _area(self.margin[rows], labels == 1)
+        return accuracies
+
+
+def _area(margin: NDArray[np.float32], positive: NDArray[np.bool_]) -> float:
+    """Return the area under the ROC curve: the Mann-Whitney statistic, as a share of all pairs."""
+    negative = np.sort(margin[~positive])
+    below = [np.searchsorted(negative, margin[positive], side).mean() for side in ("left", "right")]
+    return float(np.mean(below)) / len(negative)
 
 
 def classify_dataset(
@@ -232,11 +247,12 @@ def classify_rows(
         lost: reason by number of each image without a row.
     """
     place = np.full(len(labels), -1, np.int64)
+    margin = image @ (weights[1] - weights[0]) if len(weights) == 2 else None
     usable = np.setdiff1d(np.arange(len(labels)), np.fromiter(lost, np.int64, len(lost)))
     for start in range(0, len(usable), 4096):
         part = usable[start : start + 4096]
         place[part] = places(image[part] @ weights.T, labels[part])
-    return Classification(labels, place, dict(sorted(lost.items())))
+    return Classification(labels, place, dict(sorted(lost.items())), margin)
 
 
 def common_rows(*results: Classification) -> NDArray[np.int64]:
@@ -332,6 +348,7 @@ def zero_shot(config: ZeroShotConfig, progress: Progress | None = None) -> ZeroS
     lost = {row: reason for result in results.values() for row, reason in result.lost.items()}
     undecodable = [lost[row] for row in sorted(lost)]
     chance = 100 / len(dataset.prompts)
+    guessed = {"top-1": chance, "top-5": min(5 * chance, 100.0), "mean per class": chance, "ROC AUC": 50.0}
     digests = pa.chunked_array([pa.array(dataset.digests).take(pa.array(same))])
     return ZeroShotResult(
         dataset=config.dataset,
@@ -344,7 +361,7 @@ def zero_shot(config: ZeroShotConfig, progress: Progress | None = None) -> ZeroS
         lost_images=len(dataset.lost_images),
         undecodable=(*dataset.lost_images, *undecodable)[:_PROBLEMS_SHOWN],
         undecodable_images=len(lost),
-        chance={"top-1": chance, "top-5": min(5 * chance, 100.0), "mean per class": chance},
+        chance={name: guessed[name] for name in next(iter(accuracies.values()))},
         teacher=accuracies.get("teacher"),
         student=accuracies.get("student"),
         teacher_name=rows.teacher if rows else config.teacher,

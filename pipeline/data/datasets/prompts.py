@@ -1,11 +1,12 @@
 """Named prompt sets, and the match of a dataset's classes with a list of names. No torch.
 
 Class names and templates of CLIP's evaluation datasets come from clip-benchmark (``clip_benchmark/``, with its
-licence), those of ImageNet from open_clip.
+licence), those of ImageNet from open_clip. Birdsnap, Hateful Memes, Kinetics-700 and UCF101, which clip-benchmark
+lacks, are in ``clip_paper/prompts.json``, each with its source.
 
 A label is never guessed. The classes of a dataset are matched with a list of names
 
-1. by name, ignoring case, underscores, hyphens and other marks;
+1. by name, ignoring case, spaces, underscores, hyphens and other marks;
 2. by WordNet id, in the order of ImageNet's 1,000 sorted ids, which is the order of open_clip's names;
 3. by number, if the dataset's classes are numbers without other names: class ``3`` is the fourth in the list;
 4. by position, for datasets whose order clip-benchmark itself relies on (``SAME_ORDER``).
@@ -52,6 +53,8 @@ _PUBLISHED_FOLDERS = {
 }
 
 _SHIPPED = Path(__file__).with_name("clip_benchmark")
+_PAPER = Path(__file__).with_name("clip_paper") / "prompts.json"
+_IN_PAPER = {"zeroshot_classification_templates": "templates", "classnames": "classes"}
 _LEFT_OUT = ("dummy", "voc2007_multilabel")  # not a dataset; several classes per image
 _WORDNET_ID = re.compile(r"n\d{8}")
 _MARKS = re.compile(r"[\W_]+")
@@ -291,7 +294,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    return _MARKS.sub(" ", name.casefold()).strip()
+    return _MARKS.sub("", name.casefold())  # also without spaces: HandstandPushups is Hand Stand Pushups
 
 
 def _imagenet_names() -> list[str]:
@@ -309,5 +312,7 @@ def _imagenet_ids() -> list[str]:
 @lru_cache(maxsize=4)
 def _shipped(what: str) -> dict[str, list[str]]:
     sets: dict[str, list[str]] = json.loads((_SHIPPED / f"en_{what}.json").read_text(encoding="utf-8"))
+    paper = json.loads(_PAPER.read_text(encoding="utf-8"))
+    sets |= {name: values[_IN_PAPER[what]] for name, values in paper.items()}
     # class-specific prompts have another form
     return {name: values for name, values in sets.items() if isinstance(values, list) and name not in _LEFT_OUT}

@@ -74,6 +74,15 @@ def list_torchvision(root: str, name: str, split: str = "") -> Listing:
     return Listing(where, images, [keys[label] for label in labels], [], own, named, order_of=order)
 
 
+def has_layout(root: str, name: str) -> bool:
+    """Return whether torchvision can open its dataset of this name in a folder."""
+    try:
+        _open(name, root, "")
+    except UsageError:
+        return False
+    return True
+
+
 class TorchvisionFiles(AbstractFileSystem):  # type: ignore[misc]
     """fsspec file system of ``torchvision://NAME/SPLIT/NUMBER/ROOT``, with ``cat_file`` only."""
 

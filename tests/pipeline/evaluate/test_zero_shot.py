@@ -160,7 +160,7 @@ def test_what_cannot_be_scored() -> None:
 
 def test_accuracies_are_those_of_scikit_learn_and_of_sorting() -> None:
     # what clip-benchmark reports; its own top-k does not run with numpy 2.4
-    from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score, top_k_accuracy_score
 
     rng = np.random.default_rng(3)
     image, weights = _unit(rng.standard_normal((200, 8))), _unit(rng.standard_normal((12, 8)))
@@ -173,6 +173,9 @@ def test_accuracies_are_those_of_scikit_learn_and_of_sorting() -> None:
         "mean per class": pytest.approx(100 * balanced_accuracy_score(labels, scores.argmax(axis=1))),
     }
     assert every(found) == sorted_accuracy(scores, labels)
+    two = classify_rows(np.round(image, 1), np.round(weights[:2], 1), labels % 2, {})  # rounded: some margins are equal
+    assert len(set(two.margin.tolist())) < 200
+    assert every(two)["ROC AUC"] == pytest.approx(100 * roc_auc_score(labels % 2, two.margin))
     # ties, which the lower class number wins, in both ways of counting
     ties = rng.integers(0, 3, (300, 9)).astype(np.float32)
     labels = rng.integers(0, 9, 300)

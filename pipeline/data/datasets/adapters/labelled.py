@@ -5,6 +5,7 @@
                                                       optional classnames.txt and
                                                       zeroshot_classification_templates.txt
     root in torchvision's layout                      form=torchvision, name=CIFAR10
+    root with a published list of images              form=lists: Birdsnap, UCF101 and Hateful Memes
 
 The first readable image has the prompts of all classes as its captions, class by class; the others have none. The other
 options choose the prompts, see :func:`class_prompts`.
@@ -32,11 +33,12 @@ from teacher_cache.pipeline.data.datasets.prompts import (
     read_templates,
     templates_in,
 )
+from teacher_cache.pipeline.data.datasets.published_lists import list_published, measured_list, require_list
 from teacher_cache.pipeline.data.datasets.records import Listing, Problem, Record, Sample, clean_captions
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
 
-FORMS = ("imagefolder", "webdataset", "torchvision")
+FORMS = ("imagefolder", "webdataset", "torchvision", "lists")
 ALL_SPLITS = "all"
 _FLAG = re.compile(r"--(prompts|templates|class-names) ")
 _NAMES, _TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -96,20 +98,22 @@ def check(root: str, *, form: str = "", **settings: str) -> None:
         imagefolder.class_folders(root)
     elif form == "webdataset":
         webdataset.check(root)
+    elif form == "lists":
+        require_list(root, settings.get("split", ""))
 
 
 def form_of(root: str) -> str:
-    """Return ``webdataset`` where tars lie, also in folders of splits, else ``imagefolder``."""
+    """Return ``webdataset`` where tars lie, also in folders of splits; ``lists``; else ``imagefolder``."""
     folders = (Path(root, split) for split in ("", *SPLIT_NAMES))
     tars = root.split("?")[0].endswith(".tar") or any(next(folder.glob("*.tar"), None) for folder in folders)
-    return "webdataset" if tars else "imagefolder"
+    return "webdataset" if tars else "lists" if measured_list(root) else "imagefolder"
 
 
 def list_images(root: str, form: str = "", split: str = "", name: str = "", holdout: str = "") -> Listing:
     """List the images of one split with their classes.
 
     Args:
-        form: one of ``FORMS``. Default: webdataset where tars lie, else imagefolder.
+        form: one of ``FORMS``. Default: that of :func:`form_of`.
         name: name of the dataset in torchvision.
         split: a split, or ``all``. Default: the only one; with ``holdout`` all.
         holdout: share of the images that is held out, of a dataset without splits.
@@ -127,6 +131,10 @@ def list_images(root: str, form: str = "", split: str = "", name: str = "", hold
             raise UsageError(f"torchvision:{name}:{root}: holdout is for datasets without splits; leave it out")
         return list_torchvision(root, name, split)
     where = f"{form}:{root}"
+    if form == "lists":
+        if holdout:
+            raise UsageError(f"{where}: holdout is for datasets without splits; leave it out")
+        return list_published(root, split)
     listed = list(webdataset.read_labels(root) if form == "webdataset" else imagefolder.read_classes(root))
     images = [(record, key) for record, _, key in listed if isinstance(record, Sample)]
     if holdout:

@@ -7,7 +7,7 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -432,3 +432,85 @@ def test_torchvisions_signatures_are_as_the_table_says() -> None:
 def test_images_without_labels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"images without labels\. Labelled images are imagefolder:PATH"):
         opened(f"table:{tmp_path}")
+
+
+def birdsnap(root: Path) -> None:
+    """Of the three listed images one was no longer to be had, as of most copies of the dataset."""
+    for name in ("Acadian_Flycatcher/1.jpg", "Allens_Hummingbird/2.jpg", "Allens_Hummingbird/of_training.jpg"):
+        save_image(root / "images" / name, len(name))
+    (root / "test_images.txt").write_text("path\nAcadian_Flycatcher/1.jpg\nAllens_Hummingbird/2.jpg\nOsprey/3.jpg\n")
+
+
+def ucf101(root: Path) -> None:
+    """Middle frames as CoOp publishes them; the list names the clips, in other spellings."""
+    save_image(root / "UCF-101-midframes" / "Handstand_Pushups" / "v_HandStandPushups_g01_c01.jpg", 20)
+    save_image(root / "UCF-101-midframes" / "Yo_Yo" / "v_YoYo_g01_c01.jpg", 90)
+    lists = root / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "testlist01.txt").write_text(
+        "HandstandPushups/v_HandStandPushups_g01_c01.avi\r\nYoYo/v_YoYo_g01_c01.avi\r\n"
+    )
+    (lists / "trainlist01.txt").write_text("YoYo/v_YoYo_g01_c01.avi 101\n")
+
+
+def hateful_memes(root: Path) -> None:
+    lines = []
+    for number, label in ((8291, 1), (46971, 0)):
+        save_image(root / "img" / f"{number}.png", number)
+        lines.append(json.dumps({"id": number, "img": f"img/{number}.png", "label": label, "text": "look"}))
+    (root / "dev.jsonl").write_text("\n".join(lines) + "\n")
+    (root / "test.jsonl").write_text('{"id": 1, "img": "img/8291.png", "text": "no label"}\n')
+
+
+def kinetics700(root: Path) -> None:
+    """Middle frames in the folders of the clips."""
+    save_image(root / "val" / "punching person (boxing)" / "a_000001_000011.jpg", 20)
+    save_image(root / "val" / "massaging person_s head" / "b_000001_000011.jpg", 90)
+
+
+@pytest.mark.parametrize(
+    ("write", "classes", "named"),
+    [
+        (
+            birdsnap,
+            500,
+            {"Acadian_Flycatcher/1.jpg": "Acadian Flycatcher", "Allens_Hummingbird/2.jpg": "Allens Hummingbird"},
+        ),
+        (ucf101, 101, {"v_HandStandPushups_g01_c01.jpg": "Hand Stand Pushups", "v_YoYo_g01_c01.jpg": "Yo Yo"}),
+        (hateful_memes, 2, {"8291.png": "hatespeech meme", "46971.png": "meme"}),
+        (
+            kinetics700,
+            700,
+            {"a_000001_000011.jpg": "punching person (boxing)", "b_000001_000011.jpg": "massaging person's head"},
+        ),
+    ],
+)
+def test_published_forms_that_clip_benchmark_lacks(
+    write: Callable[[Path], None], classes: int, named: dict[str, str], tmp_path: Path
+) -> None:
+    write(tmp_path)
+    found = opened(f"labelled:{tmp_path}", prompts=write.__name__)
+    assert len(found.prompts) == classes
+    assert len(found.labels) == len(named)
+    for sample_id, name in truth(found).items():
+        assert any(sample_id.endswith(end) and name == named[end] for end in named), sample_id
+    assert all(found.image(row).size == (12, 8) for row in range(len(found.labels)))
+    assert len(found.lost_images) == (write is birdsnap)
+    # as it is cached
+    assert read("labelled", tmp_path, **dict(found.spec.options))[0][0].captions[0] == found.prompts[0][0]
+
+
+def test_lists_of_published_datasets(tmp_path: Path) -> None:
+    for write in (ucf101, hateful_memes):
+        (tmp_path / write.__name__).mkdir()
+        write(tmp_path / write.__name__)
+    clips, memes = (f"labelled:{tmp_path / name}" for name in ("ucf101", "hateful_memes"))
+    assert list(truth(opened(clips, prompts="ucf101", split="trainlist01")).values()) == ["Yo Yo"]
+    with pytest.raises(UsageError, match=r"no list testlist02\.txt of a split; .*testlist01\.txt"):
+        opened(clips, prompts="ucf101", split="testlist02")
+    with pytest.raises(UsageError, match=r'no image of any class.*line 1 is no {"img": "img/NAME\.png", "label": 0'):
+        opened(memes, prompts="hateful_memes", split="test")
+    with pytest.raises(UsageError, match="called by numbers"):
+        opened(memes)
+    with pytest.raises(UsageError, match="holdout is for datasets without splits"):
+        opened(f"{memes}?holdout=10%", prompts="hateful_memes")
