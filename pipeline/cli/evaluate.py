@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from teacher_cache.storage.observe.quantities import counted
 if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
     from teacher_cache.pipeline.evaluate.zero_shot import ZeroShotResult
+    from teacher_cache.pipeline.evaluate.zero_shot_all import AllDatasets
 
 
 _FEW_IMAGES = 100
@@ -111,6 +113,9 @@ def _after(result: EvaluateResult) -> tuple[str, ...]:
 @json_flag
 def zero_shot(config: ZeroShotConfig, as_json: bool) -> None:
     """Show top-1, top-5 and the mean over classes."""
+    if config.all:
+        _zero_shot_all(config, as_json)
+        return
     from teacher_cache.pipeline.evaluate.zero_shot import zero_shot as measure
 
     with StageProgress() as progress:
@@ -123,6 +128,45 @@ def zero_shot(config: ZeroShotConfig, as_json: bool) -> None:
         if "holdout=" in config.dataset:
             way_out = "The same files lie among those that it learned from, under other names: delete the copies"
         say(f"{learned}. {way_out}")
+
+
+def _zero_shot_all(config: ZeroShotConfig, as_json: bool) -> None:
+    """Show a row per dataset; exit 1 if one could not be measured."""
+    from teacher_cache.pipeline.evaluate.zero_shot_all import zero_shot_all
+
+    with StageProgress() as progress:
+        result = zero_shot_all(config, progress)
+    print_result(result, as_json, lambda _: [_datasets_table(result)])
+    for row in result.rows:
+        if row.problem:
+            say(f"{row.name}: not measured: {row.problem}")
+        elif row.result and row.result.undecodable_images + row.result.lost_images:
+            lost = row.result.undecodable_images + row.result.lost_images
+            say(f"{row.name}: left out: {counted(lost, 'image')}, the first: {row.result.undecodable[0]}")
+        if row.result and (learned := _learned(row.result, f"its {counted(row.result.images, 'image')}")):
+            say(f"{row.name}: {learned}")
+    if result.missing:
+        say(f"not there: {', '.join(result.missing)}")
+    if result.other_folders:
+        say(f"no dataset of CLIP's table: {', '.join(result.other_folders)}")
+    if not result.ok:
+        sys.exit(1)
+
+
+def _datasets_table(result: AllDatasets) -> Table:
+    """Return the table of all datasets, by the measure that CLIP's table has for each."""
+    total = len(result.rows) + len(result.missing)
+    measured = sum(not row.problem for row in result.rows)
+    models = [name for name in ("teacher", "student", "share") if getattr(result.mean, name) is not None]
+    table = Table(
+        f"{result.root}: {measured} of {total} datasets, in percent", ["", "images", "classes", "measure", *models]
+    )
+    for row in (*result.rows, result.mean):
+        counts = (f"{row.result.images:,}", f"{row.result.classes:,}") if row.result else ("-", "-")
+        values = (getattr(row, name) for name in models)
+        cells = ("-" if value is None else f"{value:.1f}" for value in values)
+        table.add_row(row.name, *counts, "not measured" if row.problem else row.measure, *cells)
+    return table
 
 
 def _recall_table(result: EvaluateResult) -> Table:

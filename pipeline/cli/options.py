@@ -172,9 +172,12 @@ def _check_places(config: StageConfig, named: dict[str, Any]) -> None:
 
 def _check_dataset(config: StageConfig, dataset: str) -> None:
     if isinstance(config, ZeroShotConfig):
-        from teacher_cache.pipeline.evaluate.labelled_images import labelled_spec
+        if config.all:
+            config.require_root()
+        else:
+            from teacher_cache.pipeline.evaluate.labelled_images import labelled_spec
 
-        labelled_spec(config)
+            labelled_spec(config)
         config.require_model()
     else:
         from teacher_cache.pipeline.data.datasets.spec import check_dataset

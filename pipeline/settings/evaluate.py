@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -20,6 +21,7 @@ from teacher_cache.pipeline.settings.base import (
     comma_separated,
 )
 from teacher_cache.storage.errors import UsageError
+from teacher_cache.storage.files.places import CACHE, kind_of
 
 
 class EvaluateConfig(CachesConfig):
@@ -50,8 +52,12 @@ class ZeroShotConfig(StageConfig):
     """Classify the images of a dataset by the prompts of their classes."""
 
     dataset: str = Field(
-        description="Labelled images: imagefolder:PATH, webdataset:PATH (.cls beside each image) or "
-        "torchvision:NAME:PATH."
+        description="Labelled images: imagefolder:PATH, webdataset:PATH (.cls beside each image), "
+        "torchvision:NAME:PATH, or labelled:PATH, whose form is found out. With --all a folder of datasets."
+    )
+    all: bool = Field(
+        False,
+        description="Measure all 27 datasets of CLIP's table that have a folder, by the names of the prompt sets.",
     )
     prompts: str = Field(
         "", description="Prompt set with templates and class names: imagenet1k, cifar10, food101 and others."
@@ -70,7 +76,9 @@ class ZeroShotConfig(StageConfig):
         "", description="Published split to measure on, or all. Required where there are several splits."
     )
     cache: str | None = Field(
-        None, description="Cache of the teacher's rows of these images and prompts. --teacher makes it if it is new."
+        None,
+        description="Cache of the teacher's rows of these images and prompts. --teacher makes it if it is new. With "
+        "--all a folder of caches.",
     )
     run: str | None = Field(None, description="Folder of a training run, to measure its student.")
     checkpoint: Checkpoint = "last"
@@ -91,6 +99,21 @@ class ZeroShotConfig(StageConfig):
             raise UsageError(
                 "nothing to measure: give --run, --teacher or both; or --cache, for the teacher that it is of"
             )
+
+    def require_root(self) -> None:
+        """Check that the settings suit all datasets.
+
+        Raises:
+            UsageError: the folder is missing, the cache is a single one, or a setting is one of a single dataset.
+        """
+        for name in ("prompts", "templates", "class_names", "split"):
+            if getattr(self, name):
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} with --all: each dataset has its own; leave --{option} out")
+        if not Path(self.dataset).is_dir():
+            raise UsageError(f"--all {self.dataset}: no such folder; it holds a folder per dataset, such as cifar10")
+        if self.cache is not None and kind_of(self.cache) == CACHE:
+            raise UsageError(f"--cache {self.cache} is one cache; with --all name a folder, for a cache per dataset")
 
 
 class CostConfig(StageConfig):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -68,3 +69,40 @@ def load(spec: str) -> SampleSet:
 def told(problems: list[Problem]) -> list[tuple[str, str, bool]]:
     """Kind, place and whether an image was lost."""
     return [(problem.kind, problem.where, problem.lost_image) for problem in problems]
+
+
+# published forms of datasets, with generated pictures
+
+
+def birdsnap(root: Path) -> None:
+    """Of the three listed images one was no longer to be had, as of most copies of the dataset."""
+    for name in ("Acadian_Flycatcher/1.jpg", "Allens_Hummingbird/2.jpg", "Allens_Hummingbird/of_training.jpg"):
+        save_image(root / "images" / name, len(name))
+    (root / "test_images.txt").write_text("path\nAcadian_Flycatcher/1.jpg\nAllens_Hummingbird/2.jpg\nOsprey/3.jpg\n")
+
+
+def ucf101(root: Path) -> None:
+    """Middle frames as CoOp publishes them; the list names the clips, in other spellings."""
+    save_image(root / "UCF-101-midframes" / "Handstand_Pushups" / "v_HandStandPushups_g01_c01.jpg", 20)
+    save_image(root / "UCF-101-midframes" / "Yo_Yo" / "v_YoYo_g01_c01.jpg", 90)
+    lists = root / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "testlist01.txt").write_text(
+        "HandstandPushups/v_HandStandPushups_g01_c01.avi\r\nYoYo/v_YoYo_g01_c01.avi\r\n"
+    )
+    (lists / "trainlist01.txt").write_text("YoYo/v_YoYo_g01_c01.avi 101\n")
+
+
+def hateful_memes(root: Path) -> None:
+    lines = []
+    for number, label in ((8291, 1), (46971, 0)):
+        save_image(root / "img" / f"{number}.png", number)
+        lines.append(json.dumps({"id": number, "img": f"img/{number}.png", "label": label, "text": "look"}))
+    (root / "dev.jsonl").write_text("\n".join(lines) + "\n")
+    (root / "test.jsonl").write_text('{"id": 1, "img": "img/8291.png", "text": "no label"}\n')
+
+
+def kinetics700(root: Path) -> None:
+    """Middle frames in the folders of the clips."""
+    save_image(root / "val" / "punching person (boxing)" / "a_000001_000011.jpg", 20)
+    save_image(root / "val" / "massaging person_s head" / "b_000001_000011.jpg", 90)

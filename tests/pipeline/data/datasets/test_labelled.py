@@ -21,7 +21,15 @@ from teacher_cache.pipeline.data.datasets.torchvision import _BY_FLAG, TORCHVISI
 from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset, labelled_spec, open_labelled
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
-from tests.pipeline.data.dataset_files import read, save_image, write_tar
+from tests.pipeline.data.dataset_files import (
+    birdsnap,
+    hateful_memes,
+    kinetics700,
+    read,
+    save_image,
+    ucf101,
+    write_tar,
+)
 
 
 def opened(dataset: str, **settings: Any) -> LabelledDataset:
@@ -432,40 +440,6 @@ def test_torchvisions_signatures_are_as_the_table_says() -> None:
 def test_images_without_labels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"images without labels\. Labelled images are imagefolder:PATH"):
         opened(f"table:{tmp_path}")
-
-
-def birdsnap(root: Path) -> None:
-    """Of the three listed images one was no longer to be had, as of most copies of the dataset."""
-    for name in ("Acadian_Flycatcher/1.jpg", "Allens_Hummingbird/2.jpg", "Allens_Hummingbird/of_training.jpg"):
-        save_image(root / "images" / name, len(name))
-    (root / "test_images.txt").write_text("path\nAcadian_Flycatcher/1.jpg\nAllens_Hummingbird/2.jpg\nOsprey/3.jpg\n")
-
-
-def ucf101(root: Path) -> None:
-    """Middle frames as CoOp publishes them; the list names the clips, in other spellings."""
-    save_image(root / "UCF-101-midframes" / "Handstand_Pushups" / "v_HandStandPushups_g01_c01.jpg", 20)
-    save_image(root / "UCF-101-midframes" / "Yo_Yo" / "v_YoYo_g01_c01.jpg", 90)
-    lists = root / "ucfTrainTestlist"
-    lists.mkdir()
-    (lists / "testlist01.txt").write_text(
-        "HandstandPushups/v_HandStandPushups_g01_c01.avi\r\nYoYo/v_YoYo_g01_c01.avi\r\n"
-    )
-    (lists / "trainlist01.txt").write_text("YoYo/v_YoYo_g01_c01.avi 101\n")
-
-
-def hateful_memes(root: Path) -> None:
-    lines = []
-    for number, label in ((8291, 1), (46971, 0)):
-        save_image(root / "img" / f"{number}.png", number)
-        lines.append(json.dumps({"id": number, "img": f"img/{number}.png", "label": label, "text": "look"}))
-    (root / "dev.jsonl").write_text("\n".join(lines) + "\n")
-    (root / "test.jsonl").write_text('{"id": 1, "img": "img/8291.png", "text": "no label"}\n')
-
-
-def kinetics700(root: Path) -> None:
-    """Middle frames in the folders of the clips."""
-    save_image(root / "val" / "punching person (boxing)" / "a_000001_000011.jpg", 20)
-    save_image(root / "val" / "massaging person_s head" / "b_000001_000011.jpg", 90)
 
 
 @pytest.mark.parametrize(
