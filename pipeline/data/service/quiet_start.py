@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 from types import TracebackType
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     # the parent ended between the two parts of the worker's start; it has said itself why
-    if not isinstance(error, EOFError | pickle.UnpicklingError):
+    if kind.__name__ not in ("EOFError", "UnpicklingError"):
         sys.__excepthook__(kind, error, trace)
 
 
