@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from teacher_cache.pipeline.deploy.run import deploy as deploy
     from teacher_cache.pipeline.deploy.runtime import StudentRuntime as StudentRuntime
     from teacher_cache.pipeline.evaluate.retrieval import evaluate as evaluate
-    from teacher_cache.pipeline.evaluate.zero_shot import zero_shot as zero_shot
+    from teacher_cache.pipeline.evaluate.zero_shot.measure import zero_shot as zero_shot
     from teacher_cache.pipeline.precompute.repair import repair as repair
     from teacher_cache.pipeline.precompute.run import precompute as precompute
     from teacher_cache.pipeline.promote.gate import promote as promote
@@ -82,7 +82,7 @@ _HOMES = {
     "retrain": "pipeline.promote.retrain",
     "train": "pipeline.train.loop",
     "verify_cache": "storage.check.verify",
-    "zero_shot": "pipeline.evaluate.zero_shot",
+    "zero_shot": "pipeline.evaluate.zero_shot.measure",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

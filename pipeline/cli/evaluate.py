@@ -18,8 +18,8 @@ from teacher_cache.storage.observe.quantities import counted
 
 if TYPE_CHECKING:
     from teacher_cache.pipeline.evaluate.retrieval import EvaluateResult
-    from teacher_cache.pipeline.evaluate.zero_shot import ZeroShotResult
-    from teacher_cache.pipeline.evaluate.zero_shot_all import AllDatasets
+    from teacher_cache.pipeline.evaluate.zero_shot.all_datasets import AllDatasets
+    from teacher_cache.pipeline.evaluate.zero_shot.measure import ZeroShotResult
 
 
 _FEW_IMAGES = 100
@@ -116,7 +116,7 @@ def zero_shot(config: ZeroShotConfig, as_json: bool) -> None:
     if config.all:
         _zero_shot_all(config, as_json)
         return
-    from teacher_cache.pipeline.evaluate.zero_shot import zero_shot as measure
+    from teacher_cache.pipeline.evaluate.zero_shot.measure import zero_shot as measure
 
     with StageProgress() as progress:
         result = measure(config, progress)
@@ -132,7 +132,7 @@ def zero_shot(config: ZeroShotConfig, as_json: bool) -> None:
 
 def _zero_shot_all(config: ZeroShotConfig, as_json: bool) -> None:
     """Show a row per dataset; exit 1 if one could not be measured."""
-    from teacher_cache.pipeline.evaluate.zero_shot_all import zero_shot_all
+    from teacher_cache.pipeline.evaluate.zero_shot.all_datasets import zero_shot_all
 
     with StageProgress() as progress:
         result = zero_shot_all(config, progress)

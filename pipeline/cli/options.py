@@ -175,7 +175,7 @@ def _check_dataset(config: StageConfig, dataset: str) -> None:
         if config.all:
             config.require_root()
         else:
-            from teacher_cache.pipeline.evaluate.labelled_images import labelled_spec
+            from teacher_cache.pipeline.evaluate.zero_shot.labelled_images import labelled_spec
 
             labelled_spec(config)
         config.require_model()

@@ -29,7 +29,6 @@ from teacher_cache.pipeline.evaluate.cost.peak_memory import ProbeRequest
 from teacher_cache.pipeline.evaluate.cost.results import CostResult, MeasuredModel
 from teacher_cache.pipeline.evaluate.cost.torch_models import TorchModel, load_student_model, load_teacher_model, loaded
 from teacher_cache.pipeline.evaluate.intervals import bootstrap_accuracy_share, bootstrap_share
-from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset
 from teacher_cache.pipeline.evaluate.recall import (
     RetrievalRanks,
     mean_recall,
@@ -37,7 +36,8 @@ from teacher_cache.pipeline.evaluate.recall import (
     retention,
 )
 from teacher_cache.pipeline.evaluate.split import BytesEncoder, CachedTeacher, Embedded, EvaluationSplit, embed
-from teacher_cache.pipeline.evaluate.zero_shot import (
+from teacher_cache.pipeline.evaluate.zero_shot.labelled_images import LabelledDataset
+from teacher_cache.pipeline.evaluate.zero_shot.measure import (
     Classification,
     StudentEncoder,
     TeacherEncoder,

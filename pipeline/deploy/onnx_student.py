@@ -20,7 +20,7 @@ runtime_package("onnxruntime")  # imported now: its memory does not count as the
 
 
 class OnnxStudent:
-    """A student that embeds as ``teacher_cache.pipeline.evaluate.zero_shot.ZeroShotEncoder`` and is timed as
+    """A student that embeds as ``teacher_cache.pipeline.evaluate.zero_shot.measure.ZeroShotEncoder`` and is timed as
     ``teacher_cache.pipeline.evaluate.cost.results.CostModel``.
 
     Args:

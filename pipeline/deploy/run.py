@@ -30,9 +30,9 @@ from teacher_cache.pipeline.deploy.measure import Subject, measure
 from teacher_cache.pipeline.deploy.record import Artefact, Deployment, Variant, versions
 from teacher_cache.pipeline.deploy.table import Int8Report, StudentTable, to_markdown
 from teacher_cache.pipeline.deploy.tokens import tokenization_of
-from teacher_cache.pipeline.evaluate.labelled_images import open_labelled
 from teacher_cache.pipeline.evaluate.learned import count_learned
 from teacher_cache.pipeline.evaluate.split import EvaluationSplit, open_split
+from teacher_cache.pipeline.evaluate.zero_shot.labelled_images import open_labelled
 from teacher_cache.pipeline.models.device import keep_freed_memory
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.run_record import CHECKPOINT_WEIGHTS, RunRecord, open_clip_config

@@ -174,7 +174,7 @@ def teacher_queries(
     """
     from teacher_cache.pipeline.data.images.decode import UndecodableImageError
     from teacher_cache.pipeline.data.images.decoders import PILLOW, open_image
-    from teacher_cache.pipeline.evaluate.zero_shot import TeacherEncoder
+    from teacher_cache.pipeline.evaluate.zero_shot.measure import TeacherEncoder
     from teacher_cache.pipeline.models.teacher import load_teacher
     from teacher_cache.pipeline.precompute.repair import teacher_of
 

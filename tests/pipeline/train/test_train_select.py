@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from teacher_cache.pipeline.evaluate.zero_shot import zero_shot
+from teacher_cache.pipeline.evaluate.zero_shot.measure import zero_shot
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.pipeline.settings.recipes import RECIPES

@@ -22,6 +22,7 @@ from itertools import chain
 from pathlib import Path
 
 from teacher_cache.pipeline.data.datasets.adapters import imagefolder, webdataset
+from teacher_cache.pipeline.data.datasets.adapters.published_lists import list_published, measured_list, require_list
 from teacher_cache.pipeline.data.datasets.files import SPLIT_NAMES, data_folder, open_regular, open_text
 from teacher_cache.pipeline.data.datasets.holdout import parse_share, with_drawn_split
 from teacher_cache.pipeline.data.datasets.prompts import (
@@ -33,7 +34,6 @@ from teacher_cache.pipeline.data.datasets.prompts import (
     read_templates,
     templates_in,
 )
-from teacher_cache.pipeline.data.datasets.published_lists import list_published, measured_list, require_list
 from teacher_cache.pipeline.data.datasets.records import Listing, Problem, Record, Sample, clean_captions
 from teacher_cache.storage.errors import UsageError
 from teacher_cache.storage.observe.safe_text import printable
@@ -124,17 +124,23 @@ def list_images(root: str, form: str = "", split: str = "", name: str = "", hold
     form = form or form_of(root)
     if form not in FORMS:
         raise UsageError(f"form={printable(form)!r} is not known; labelled images are read as {' or '.join(FORMS)}")
-    if form == "torchvision":
-        from teacher_cache.pipeline.data.datasets.torchvision import list_torchvision  # imports torch
+    if form in ("torchvision", "lists"):
+        if holdout:
+            raise UsageError(f"{form}:{name}:{root}: holdout is for datasets without splits; leave it out")
+        return _list_published(root, form, split, name)
+    return _list_files(root, form, split, holdout)
 
-        if holdout:
-            raise UsageError(f"torchvision:{name}:{root}: holdout is for datasets without splits; leave it out")
-        return list_torchvision(root, name, split)
-    where = f"{form}:{root}"
+
+def _list_published(root: str, form: str, split: str, name: str) -> Listing:
     if form == "lists":
-        if holdout:
-            raise UsageError(f"{where}: holdout is for datasets without splits; leave it out")
         return list_published(root, split)
+    from teacher_cache.pipeline.data.datasets.torchvision import list_torchvision  # imports torch
+
+    return list_torchvision(root, name, split)
+
+
+def _list_files(root: str, form: str, split: str, holdout: str) -> Listing:
+    where = f"{form}:{root}"
     listed = list(webdataset.read_labels(root) if form == "webdataset" else imagefolder.read_classes(root))
     images = [(record, key) for record, _, key in listed if isinstance(record, Sample)]
     if holdout:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from teacher_cache.pipeline.data.datasets.spec import check_dataset
 from teacher_cache.pipeline.data.datasets.torchvision import _BY_FLAG, TORCHVISION
-from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset, labelled_spec, open_labelled
+from teacher_cache.pipeline.evaluate.zero_shot.labelled_images import LabelledDataset, labelled_spec, open_labelled
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import UsageError
 from tests.pipeline.data.dataset_files import (

@@ -17,7 +17,7 @@ from PIL import Image
 
 from teacher_cache.pipeline.cli.evaluate import _accuracy_table
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
-from teacher_cache.pipeline.evaluate.zero_shot import (
+from teacher_cache.pipeline.evaluate.zero_shot.measure import (
     Classification,
     TeacherEncoder,
     ZeroShotResult,

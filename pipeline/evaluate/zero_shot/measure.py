@@ -23,9 +23,9 @@ from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.data.cores import decode_threads
 from teacher_cache.pipeline.data.images.decode import UndecodableImageError
-from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset, open_labelled
 from teacher_cache.pipeline.evaluate.learned import count_learned
-from teacher_cache.pipeline.evaluate.zero_shot_cache import TeacherRows, teacher_rows
+from teacher_cache.pipeline.evaluate.zero_shot.cache import TeacherRows, teacher_rows
+from teacher_cache.pipeline.evaluate.zero_shot.labelled_images import LabelledDataset, open_labelled
 from teacher_cache.pipeline.models.device import full_float32, keep_freed_memory, resolve_device
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.models.student import load_student, student_tokenizer

@@ -9,10 +9,10 @@ import pytest
 
 from teacher_cache.pipeline.cli.evaluate import _datasets_table
 from teacher_cache.pipeline.data.datasets.prompts import prompt_set
-from teacher_cache.pipeline.evaluate import zero_shot_all as zero_shot_all_module
-from teacher_cache.pipeline.evaluate import zero_shot_cache
-from teacher_cache.pipeline.evaluate.zero_shot import ZeroShotResult, zero_shot
-from teacher_cache.pipeline.evaluate.zero_shot_all import CLIP_DATASETS, zero_shot_all
+from teacher_cache.pipeline.evaluate.zero_shot import all_datasets as zero_shot_all_module
+from teacher_cache.pipeline.evaluate.zero_shot import cache as zero_shot_cache
+from teacher_cache.pipeline.evaluate.zero_shot.all_datasets import CLIP_DATASETS, zero_shot_all
+from teacher_cache.pipeline.evaluate.zero_shot.measure import ZeroShotResult, zero_shot
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import CacheMismatchError, UsageError
 from tests.conftest import make_model_folder

@@ -12,10 +12,10 @@ import open_clip
 import pytest
 from PIL import Image
 
-from teacher_cache.pipeline.evaluate import zero_shot as zero_shot_module
-from teacher_cache.pipeline.evaluate import zero_shot_cache
 from teacher_cache.pipeline.evaluate.retrieval import evaluate
-from teacher_cache.pipeline.evaluate.zero_shot import ZeroShotResult, zero_shot
+from teacher_cache.pipeline.evaluate.zero_shot import cache as zero_shot_cache
+from teacher_cache.pipeline.evaluate.zero_shot import measure as zero_shot_module
+from teacher_cache.pipeline.evaluate.zero_shot.measure import ZeroShotResult, zero_shot
 from teacher_cache.pipeline.models.teacher import is_surely, load_teacher
 from teacher_cache.pipeline.precompute import executors as executors_module
 from teacher_cache.pipeline.precompute.repair import repair

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from teacher_cache.pipeline.data.datasets.adapters.labelled import form_of
-from teacher_cache.pipeline.evaluate.zero_shot import Progress, ZeroShotResult, zero_shot
+from teacher_cache.pipeline.evaluate.zero_shot.measure import Progress, ZeroShotResult, zero_shot
 from teacher_cache.pipeline.models.run_folder import RunFolder
 from teacher_cache.pipeline.settings.evaluate import ZeroShotConfig
 from teacher_cache.storage.errors import CacheError, UsageError
@@ -74,11 +74,13 @@ class AllDatasets(BaseModel, frozen=True):
     rows: tuple[DatasetRow, ...]
     missing: tuple[str, ...] = Field(description="Datasets of CLIP's table without a folder.")
     other_folders: tuple[str, ...] = Field(description="Folders without the name of a dataset of the table.")
-    mean: DatasetRow = Field(description="Means over the measured datasets; the share is that of the means.")
+    mean: DatasetRow = Field(
+        description="Mean of each figure over the measured datasets; the share is that of the means."
+    )
 
     @property
     def ok(self) -> bool:
-        """Whether all datasets with a folder were measured."""
+        """Return whether all datasets with a folder were measured."""
         return not any(row.problem for row in self.rows)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.pipeline.data.images.decoders import PILLOW
-from teacher_cache.pipeline.evaluate.labelled_images import LabelledDataset
+from teacher_cache.pipeline.evaluate.zero_shot.labelled_images import LabelledDataset
 from teacher_cache.pipeline.models.teacher import is_surely, load_teacher
 from teacher_cache.pipeline.precompute.plan import Progress, dataset_identity, dataset_tables
 from teacher_cache.pipeline.precompute.run import precompute
