@@ -57,7 +57,7 @@ $(DEV): $(STAMP)
 demo: install  ## precompute, train and evaluate on shipped scenes: one table in a few minutes
 	$(BIN)/teacher-cache demo
 
-test: dev  ## every promise at reduced counts; 10 minutes on 2 cores (reckoned)
+test: dev  ## every promise at reduced counts; 10 minutes on 2 cores
 	$(PYTEST) -m "not slow"
 
 test-all: dev  ## every test: those of make test and the rest, with all kills, injections, S3, Ray, browser, PostgreSQL
