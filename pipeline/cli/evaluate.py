@@ -138,12 +138,12 @@ def _zero_shot_all(config: ZeroShotConfig, as_json: bool) -> None:
         result = zero_shot_all(config, progress)
     print_result(result, as_json, lambda _: [_datasets_table(result)])
     for row in result.rows:
-        if row.problem:
+        if row.result is None:
             say(f"{row.name}: not measured: {row.problem}")
-        elif row.result and row.result.undecodable_images + row.result.lost_images:
-            lost = row.result.undecodable_images + row.result.lost_images
+            continue
+        if lost := row.result.undecodable_images + row.result.lost_images:
             say(f"{row.name}: left out: {counted(lost, 'image')}, the first: {row.result.undecodable[0]}")
-        if row.result and (learned := _learned(row.result, f"its {counted(row.result.images, 'image')}")):
+        if learned := _learned(row.result, f"its {counted(row.result.images, 'image')}"):
             say(f"{row.name}: {learned}")
     if result.missing:
         say(f"not there: {', '.join(result.missing)}")

@@ -1,4 +1,4 @@
-"""What an index loses to exact search in one direction: R@10 of both on the same queries, and a bound on the loss."""
+"""Loss of an index against exact search in one direction: R@10 on the same queries, and a bound on the loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _Flags = NDArray[np.bool_]
 
 
 class Certificate(NamedTuple):
-    """Measured loss of an index; the fields are those of ``record.IndexedTower``."""
+    """Measured loss of an index, with the fields of ``record.IndexedTower``."""
 
     effort: int | None
     queries: int

@@ -43,7 +43,7 @@ class Answer(BaseModel, frozen=True):
     cache: str
     query: str
     model: str = Field(description="Student or teacher that embedded the query.")
-    answers: Tower = Field(description="What the matches are: images for a text, captions (text) for a picture.")
+    answers: Tower = Field(description="Kind of the matches: images for a text, captions (text) for a picture.")
     matches: tuple[Match, ...] = Field(description="Nearest first.")
 
 

@@ -46,7 +46,7 @@ class IndexedTower(BaseModel):
 
     @property
     def times_fewer(self) -> float:
-        """Inner products of exact search over those of the index."""
+        """Return how many times as many inner products exact search computes."""
         return self.rows / self.products
 
 

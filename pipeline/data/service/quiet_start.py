@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    # the parent ended between the two parts of the worker's start; it has said itself why
+    # the parent ended between the two parts of the worker's start; it has said itself why. By name: no pickle here
     if kind.__name__ not in ("EOFError", "UnpicklingError"):
         sys.__excepthook__(kind, error, trace)
 

@@ -74,9 +74,7 @@ class AllDatasets(BaseModel, frozen=True):
     rows: tuple[DatasetRow, ...]
     missing: tuple[str, ...] = Field(description="Datasets of CLIP's table without a folder.")
     other_folders: tuple[str, ...] = Field(description="Folders without the name of a dataset of the table.")
-    mean: DatasetRow = Field(
-        description="Mean of each figure over the measured datasets; the share is that of the means."
-    )
+    mean: DatasetRow = Field(description="Means over the measured datasets, and the share of these two means.")
 
     @property
     def ok(self) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from teacher_cache.storage.errors import CacheUnreachableError, UsageError
 from teacher_cache.storage.files import new_files as module
+from teacher_cache.storage.files.local import LocalFiles
 from teacher_cache.storage.files.new_files import new_folder
 from teacher_cache.storage.files.processes import this_process
+from teacher_cache.storage.format.tables import named_errors
 
 
 def test_it_appears_with_what_was_written(tmp_path: Path) -> None:
@@ -46,8 +50,15 @@ def test_a_full_disk_is_an_error_that_names_the_folder_and_leaves_nothing(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_an_error_that_says_all_itself_is_left_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "naming",
+    [lambda folder: new_folder(folder / "out"), lambda folder: named_errors(LocalFiles(str(folder)), "samples")],
+    ids=["a folder of output", "a table"],
+)
+def test_an_error_that_says_all_itself_is_left_as_it_is(
+    naming: Callable[[Path], AbstractContextManager[object]], tmp_path: Path
+) -> None:
     message = "s3://caches/a.cache: cannot read samples/000000.parquet; 6 tries failed"
-    with pytest.raises(CacheUnreachableError) as error, new_folder(tmp_path / "out"):
+    with pytest.raises(CacheUnreachableError) as error, naming(tmp_path):
         raise CacheUnreachableError(message)
     assert str(error.value) == message

@@ -126,7 +126,8 @@ def list_images(root: str, form: str = "", split: str = "", name: str = "", hold
         raise UsageError(f"form={printable(form)!r} is not known; labelled images are read as {' or '.join(FORMS)}")
     if form in ("torchvision", "lists"):
         if holdout:
-            raise UsageError(f"{form}:{name}:{root}: holdout is for datasets without splits; leave it out")
+            where = f"torchvision:{name}:{root}" if form == "torchvision" else f"{form}:{root}"
+            raise UsageError(f"{where}: holdout is for datasets without splits; leave it out")
         return _list_published(root, form, split, name)
     return _list_files(root, form, split, holdout)
 

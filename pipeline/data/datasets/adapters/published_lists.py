@@ -61,7 +61,9 @@ def list_published(root: str, split: str = "") -> Listing:
     images: list[Sample] = []
     keys: list[str] = []
     problems: list[Problem] = []
-    for key, address in _memes(path) if memes else _class_folders(path):
+    with open_text(path) as file:
+        lines = file.read().splitlines()
+    for key, address in _memes(lines) if memes else _class_folders(lines, path.parent.name == "ucfTrainTestlist"):
         if not key:
             problems.append(Problem("bad-record", path.name, address, lost_image=True))
             continue
@@ -69,18 +71,15 @@ def list_published(root: str, split: str = "") -> Listing:
             if isinstance(record, Sample):
                 images.append(record)
                 keys.append(key)
-            elif isinstance(record, Problem):
+            else:
                 problems.append(record)
     own = {"0": "0", "1": "1"} if memes else {key: key.replace("_", " ") for key in sorted(set(keys))}
     where = f"lists:{root}"
     return Listing(where, images, keys, problems, own, not memes, order_of="hateful_memes" if memes else "")
 
 
-def _class_folders(path: Path) -> Iterator[tuple[str, str]]:
+def _class_folders(lines: list[str], clips: bool) -> Iterator[tuple[str, str]]:
     """Yield class folder and address of each image; an empty class and the reason for a line that cannot be read."""
-    clips = path.parent.name == "ucfTrainTestlist"
-    with open_text(path) as file:
-        lines = file.read().splitlines()
     for number, line in enumerate(lines, 1):
         words = line.split()
         folder, slash, name = words[0].partition("/") if words else ("", "", "")
@@ -93,10 +92,8 @@ def _class_folders(path: Path) -> Iterator[tuple[str, str]]:
             yield "", f"line {number} is no CLASS/IMAGE: {line}"
 
 
-def _memes(path: Path) -> Iterator[tuple[str, str]]:
+def _memes(lines: list[str]) -> Iterator[tuple[str, str]]:
     """Yield label and address of each meme; an empty label and the reason for a line that cannot be read."""
-    with open_text(path) as file:
-        lines = file.read().splitlines()
     for number, line in enumerate(lines, 1):
         try:
             meme = json.loads(line)
